@@ -20,24 +20,26 @@
 //!
 //! # Invariants
 //!
-//! - Nothing outside [`host`] imports `std::process`, mount or ioctl code, but for the mount worker that [`fs::mounted`] starts through it; nothing outside
-//!   [`target`] writes to a volume. `unsafe` is in `host::sys` only.
+//! - Nothing outside `host` imports `std::process`, mount or ioctl code, but for the mount worker that `fs::mounted` starts through it; nothing outside
+//!   `target` writes to a volume. `unsafe` is in `host::sys` only.
 //! - A guest's path ([`names::GuestPath`]) never becomes a path of the host. The only filesystems that are ever mounted were made by mkfs on this host a moment
 //!   ago, in the private mount namespace of a child.
-//! - Golden images are immutable, named by the hash of everything that decides their bytes ([`store::records::GoldenSpec`]).
+//! - Golden images are immutable, named by the hash of everything that decides their bytes (`store::records::GoldenSpec`).
 //! - Identities are inputs, derived (UUIDv5) or given; only the seed of SSH host keys and render ids are drawn, at the edge.
 //! - A volume is absent, staged under a temporary name, or complete and durable.
 //! - A dropped call stops nothing. Cancel is explicit, and what it leaves behind is nothing.
 //!
 //! # Reading order
 //!
-//! [`error`], [`names`], [`units`]; [`spec`], [`render`]; [`tree`], [`fs`], [`ext4`]; [`guest`], [`manifest`]; [`target`], [`disk`], [`mapping`]; [`store`],
-//! [`source`], [`host`]; [`api`], [`server`], [`config`].
+//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], `fs`, `ext4`; [`guest`], `manifest`; `target`, `disk`, `mapping`; `store`,
+//! `source`, `host`; `api`, `server`, `config`.
 
 #![deny(unsafe_code, missing_docs)]
 
 pub mod error;
+pub mod guest;
 pub mod names;
 pub mod progress;
 pub mod proto;
+pub mod tree;
 pub mod units;

@@ -1,0 +1,3 @@
+//! Injection: what makes an instance out of an image, as pure data.
+
+pub mod facts;
