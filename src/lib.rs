@@ -20,8 +20,8 @@
 //!
 //! # Invariants
 //!
-//! - Nothing outside `host` imports `std::process`, mount or ioctl code, but for the mount worker that [`fs::mounted`] starts through it; nothing outside
-//!   `target` writes to a volume. `unsafe` is in `host::sys` only.
+//! - Nothing outside [`host`] imports `std::process`, mount or ioctl code, but for the mount worker that [`fs::mounted`] starts through it; nothing outside
+//!   [`target`] writes to a volume. `unsafe` is in `host::sys` only.
 //! - A guest's path ([`names::GuestPath`]) never becomes a path of the host. The only filesystems that are ever mounted were made by mkfs on this host a moment
 //!   ago, in the private mount namespace of a child.
 //! - Golden images are immutable, named by the hash of everything that decides their bytes (`store::records::GoldenSpec`).
@@ -31,8 +31,8 @@
 //!
 //! # Reading order
 //!
-//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], `manifest`; `target`, `disk`, `mapping`; `store`,
-//! `source`, `host`; `api`, `server`, `config`.
+//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], `manifest`; [`target`], `disk`, `mapping`; `store`,
+//! `source`, [`host`]; `api`, `server`, `config`.
 
 #![deny(unsafe_code, missing_docs)]
 
@@ -40,8 +40,10 @@ pub mod error;
 pub mod ext4;
 pub mod fs;
 pub mod guest;
+pub mod host;
 pub mod names;
 pub mod progress;
 pub mod proto;
+pub mod target;
 pub mod tree;
 pub mod units;

@@ -1,0 +1,162 @@
+//! Who uses a file or a block device, before it is removed or overwritten.
+//!
+//! Four witnesses, because no single one sees everything: locks on the file (QEMU holds open-file-description locks on bytes 100 to 299,
+//! `block/file-posix.c`; others use flock), loop devices bound to it, mounts and holders of a block device, and the open files of other processes in
+//! `/proc`. The last needs CAP_SYS_PTRACE and a visible `/proc`; where they are missing the others still speak.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use rustix::fs::FlockOperation;
+
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    host::{loops, mounts},
+};
+
+/// How often an open file is looked at before it counts as in use …
+const PROBE_LOOKS: u32 = 5;
+/// … and the time between two looks.
+const PROBE_PAUSE: Duration = Duration::from_millis(50);
+
+/// Refuses with `Conflict` (reason `IN_USE`) when the regular file at `path` is used by anybody else. A missing file is not in use.
+pub fn refuse_file_in_use(path: &Path) -> Result<()> {
+    let object = || path.display().to_string();
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(Stage::Target, object(), "open to see whether it is in use", error)),
+    };
+    if is_record_locked(&file).map_err(|error| Error::io(Stage::Target, object(), "query its locks", error))? {
+        return Err(conflict(path, "a process holds a record lock on it, as QEMU does for a disk of a running guest"));
+    }
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(conflict(path, "a process holds a lock (flock) on it")),
+        Err(errno) => return Err(Error::io(Stage::Target, object(), "lock", errno.into())),
+    }
+    if let Some(device) = loops::find_by_backing(path)?.first() {
+        return Err(conflict(path, format!("it is attached to {}", device.display())));
+    }
+    let meta = file.metadata().map_err(|error| Error::io(Stage::Target, object(), "stat", error))?;
+    match opener(|other| !is_block(other) && (other.dev(), other.ino()) == (meta.dev(), meta.ino())) {
+        Some(opener) => Err(conflict(path, format!("{opener} has it open"))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses with `Conflict` (reason `IN_USE`) when the block device, or a partition of it, is mounted, swapped on, held by a device above it (device
+/// mapper, md) or open in another process. `path` is for the message.
+pub fn refuse_device_in_use(path: &Path, device: (u32, u32)) -> Result<()> {
+    refuse_device_claimed(path, device)?;
+    let parts = with_partitions(device);
+    match opener(|other| is_block(other) && parts.contains(&(rustix::fs::major(other.rdev()), rustix::fs::minor(other.rdev())))) {
+        Some(opener) => Err(conflict(path, format!("{opener} has it open"))),
+        None => Ok(()),
+    }
+}
+
+/// As [`refuse_device_in_use`], without looking at open files.
+pub fn refuse_device_claimed(path: &Path, device: (u32, u32)) -> Result<()> {
+    let parts = with_partitions(device);
+    // A loop device holds what it is attached to without claiming it.
+    let over = loops::attached()?.into_iter().find(|upper| mounts::block_number(&upper.backing).is_some_and(|number| parts.contains(&number)));
+    if let Some(upper) = over {
+        return Err(conflict(path, format!("it is attached to {}", upper.path.display())));
+    }
+    for part in parts {
+        let which = if part == device { "it".to_owned() } else { format!("its partition {}:{}", part.0, part.1) };
+        if let Some(point) = mounts::mount_points_of(part)?.first() {
+            return Err(conflict(path, format!("{which} is mounted on {}", point.display())));
+        }
+        if mounts::is_swap(part)? {
+            return Err(conflict(path, format!("{which} is used as swap space")));
+        }
+        if let Some(holder) = holders(part).first() {
+            return Err(conflict(path, format!("{which} is held by {holder}")));
+        }
+    }
+    Ok(())
+}
+
+/// The device and its partitions.
+fn with_partitions(device: (u32, u32)) -> Vec<(u32, u32)> {
+    let mut all = vec![device];
+    let Ok(entries) = std::fs::read_dir(sys_path(device)) else { return all };
+    for entry in entries.flatten() {
+        if entry.path().join("partition").exists()
+            && let Ok(text) = std::fs::read_to_string(entry.path().join("dev"))
+            && let Some((major, minor)) = text.trim().split_once(':')
+            && let (Ok(major), Ok(minor)) = (major.parse(), minor.parse())
+        {
+            all.push((major, minor));
+        }
+    }
+    all
+}
+
+fn holders(device: (u32, u32)) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(sys_path(device).join("holders")) else { return Vec::new() };
+    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn sys_path(device: (u32, u32)) -> PathBuf {
+    PathBuf::from(format!("/sys/dev/block/{}:{}", device.0, device.1))
+}
+
+/// Whether anybody else holds any POSIX or open-file-description lock on `file`, shared or exclusive.
+fn is_record_locked(file: &File) -> io::Result<bool> {
+    // An exclusive lock on everything would conflict with any lock there is; F_OFD_GETLK only asks.
+    let mut lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
+    match fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)) {
+        Ok(_) => Ok(lock.l_type != libc::F_UNLCK as i16),
+        // Filesystems without locks.
+        Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOLCK | nix::errno::Errno::EINVAL) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn is_block(meta: &std::fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    meta.file_type().is_block_device()
+}
+
+/// Another process with an open file that `matches`, as `NAME (pid N)`, that still has it after [`PROBE_LOOKS`] looks: udev and monitoring open
+/// things for a moment.
+fn opener(matches: impl Fn(&std::fs::Metadata) -> bool) -> Option<String> {
+    for _ in 1..PROBE_LOOKS {
+        find_opener(&matches)?;
+        std::thread::sleep(PROBE_PAUSE);
+    }
+    find_opener(&matches)
+}
+
+fn find_opener(matches: impl Fn(&std::fs::Metadata) -> bool) -> Option<String> {
+    let own = std::process::id();
+    for entry in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        if pid == own {
+            continue;
+        }
+        // Processes come, go and hide; what can't be read has no say.
+        let Ok(files) = std::fs::read_dir(entry.path().join("fd")) else { continue };
+        for file in files.flatten() {
+            // Follows the link to the open file itself, in whatever namespace that is.
+            if std::fs::metadata(file.path()).is_ok_and(|meta| matches(&meta)) {
+                let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+                return Some(format!("{} (pid {pid})", name.trim()));
+            }
+        }
+    }
+    None
+}
+
+fn conflict(path: &Path, why: impl Into<String>) -> Error {
+    Error::new(Kind::Conflict, Stage::Target, path.display().to_string(), format!("is in use: {}", why.into())).with_reason("IN_USE")
+}

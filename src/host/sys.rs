@@ -1,0 +1,174 @@
+//! The only unsafe code of the daemon: ioctls that no crate wraps safely, and the parent-death signal of a child.
+//!
+//! Everything else the kernel offers is called through `rustix`, `nix` and `loopdev`. Each function here is safe to call with any open file: the
+//! kernel checks that the file is what the ioctl needs and answers with an errno otherwise. The block ioctls are those of `linux/fs.h` (type 0x12),
+//! the loop ioctls those of `linux/loop.h` (type 'L', plain numbers).
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::{fd::AsRawFd, unix::process::CommandExt},
+    process::Command,
+};
+
+/// `LO_FLAGS_READ_ONLY` of `linux/loop.h`.
+pub const LOOP_READ_ONLY: u32 = 1;
+/// `LO_FLAGS_AUTOCLEAR`: the kernel detaches when the last opener closes.
+pub const LOOP_AUTOCLEAR: u32 = 4;
+/// `LO_FLAGS_PARTSCAN`: the kernel reads the partition table.
+pub const LOOP_PARTSCAN: u32 = 8;
+/// `LO_FLAGS_DIRECT_IO`: the kernel bypasses the page cache of the backing file.
+pub const LOOP_DIRECT_IO: u32 = 16;
+
+/// `struct loop_info64` of `linux/loop.h`, 232 bytes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct LoopInfo {
+    /// Device of the backing file's filesystem, encoded as `st_dev`.
+    pub device: u64,
+    /// Inode of the backing file.
+    pub inode: u64,
+    /// Device number of a backing device; 0 for a file.
+    pub rdevice: u64,
+    /// Where the device starts in the backing file, bytes.
+    pub offset: u64,
+    /// Size of the device in bytes, 0 for all of the file.
+    pub size_limit: u64,
+    /// N of `/dev/loopN`; filled by the kernel.
+    pub number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    /// `LOOP_*` flags.
+    pub flags: u32,
+    /// First 63 bytes of a name, for `losetup` to show.
+    pub file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+impl Default for LoopInfo {
+    fn default() -> Self {
+        LoopInfo {
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            size_limit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags: 0,
+            file_name: [0; 64],
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+        }
+    }
+}
+
+impl LoopInfo {
+    /// What a new binding asks for; `name` is cut to 63 bytes.
+    pub fn new(name: &[u8], offset: u64, size_limit: u64, flags: u32) -> Self {
+        let mut info = LoopInfo { offset, size_limit, flags, ..LoopInfo::default() };
+        let shown = name.len().min(info.file_name.len() - 1);
+        info.file_name[..shown].copy_from_slice(&name[..shown]);
+        info
+    }
+}
+
+/// `struct loop_config` of `linux/loop.h`, 304 bytes.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo,
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<LoopInfo>() == 232 && size_of::<LoopConfig>() == 304);
+
+mod request {
+    use super::{LoopConfig, LoopInfo};
+
+    nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, LoopConfig);
+    nix::ioctl_read_bad!(loop_get_status64, 0x4C05, LoopInfo);
+    nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
+    nix::ioctl_read!(blkgetdiskseq, 0x12, 128, u64);
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+    nix::ioctl_none_bad!(blkflsbuf, nix::request_code_none!(0x12, 97));
+}
+
+/// Binds `backing` to the loop device open as `device` and configures it in one step (`LOOP_CONFIGURE`, Linux 5.8). `block_size` 0 lets the kernel
+/// choose. EBUSY: somebody else bound it first.
+pub fn loop_configure(device: &impl AsRawFd, backing: &impl AsRawFd, block_size: u32, info: &LoopInfo) -> io::Result<()> {
+    let fd = u32::try_from(backing.as_raw_fd()).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    let config = LoopConfig { fd, block_size, info: *info, reserved: [0; 8] };
+    // SAFETY: the request reads exactly size_of::<LoopConfig>() bytes (asserted above) of a live, initialised value and keeps no pointer to it; both
+    // descriptors are borrowed for the call. No crate offers this ioctl.
+    unsafe { request::loop_configure(device.as_raw_fd(), &config) }?;
+    Ok(())
+}
+
+/// What a loop device is bound to (`LOOP_GET_STATUS64`). ENXIO: not bound.
+pub fn loop_status(device: &impl AsRawFd) -> io::Result<LoopInfo> {
+    let mut info = LoopInfo::default();
+    // SAFETY: the request writes at most size_of::<LoopInfo>() bytes (asserted above) into a live value of integers, for which every bit pattern is
+    // valid. The loopdev crate has no query.
+    unsafe { request::loop_get_status64(device.as_raw_fd(), &mut info) }?;
+    Ok(info)
+}
+
+/// Size of a block device in bytes (`BLKGETSIZE64`).
+pub fn device_size(device: &impl AsRawFd) -> io::Result<u64> {
+    let mut size = 0;
+    // SAFETY: the request writes one u64 (declared size_t; this crate builds for 64-bit hosts) into a live u64. rustix and nix have no wrapper.
+    unsafe { request::blkgetsize64(device.as_raw_fd(), &mut size) }?;
+    Ok(size)
+}
+
+/// Sequence number of a block device, unique in the running kernel (`BLKGETDISKSEQ`, Linux 5.15). ENOTTY on older kernels.
+pub fn disk_sequence(device: &impl AsRawFd) -> io::Result<u64> {
+    let mut sequence = 0;
+    // SAFETY: the request writes one u64 into a live u64. No crate offers this ioctl.
+    unsafe { request::blkgetdiskseq(device.as_raw_fd(), &mut sequence) }?;
+    Ok(sequence)
+}
+
+/// Makes a range of a block device read as zeros, by the device where it can (`BLKZEROOUT`). Offset and length are multiples of the logical block size.
+pub fn zero_out(device: &impl AsRawFd, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: the request reads two u64 of a live array and keeps no pointer to it; the kernel checks range and alignment. No crate offers this ioctl.
+    unsafe { request::blkzeroout(device.as_raw_fd(), &[offset, len]) }?;
+    Ok(())
+}
+
+/// Tells a block device that a range is not needed (`BLKDISCARD`); what it reads as afterwards is undefined.
+pub fn discard(device: &impl AsRawFd, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: as for zero_out: two u64 are read from a live array.
+    unsafe { request::blkdiscard(device.as_raw_fd(), &[offset, len]) }?;
+    Ok(())
+}
+
+/// Writes back and drops the kernel's buffers of a block device (`BLKFLSBUF`).
+pub fn drop_buffers(device: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: the request takes no argument and touches no memory of ours.
+    unsafe { request::blkflsbuf(device.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// Makes the kernel kill the child that `command` will start when the thread that starts it dies.
+pub fn kill_with_parent(command: &mut Command) {
+    let parent = nix::unistd::getpid();
+    let prepare = move || {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        // The parent may have died before the line above; then the signal would never come.
+        if nix::unistd::getppid() != parent {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec, where only async-signal-safe calls are allowed: it makes two plain system calls (prctl,
+    // getppid), allocates nothing and takes no lock. std has no safe way to set a parent-death signal.
+    unsafe { command.pre_exec(prepare) };
+}

@@ -1,0 +1,241 @@
+//! Raw block devices: logical volumes, partitions, whole disks.
+//!
+//! There is no rename on a device, so order stands in for it:
+//!
+//! ```text
+//!  stage    claim exclusively, refuse what lives there ─► zero the first MiB, flush ─► zero every gap ─► write data and patch ─► flush
+//!  publish  same device still? ─► write the first MiB ─► flush ─► same size still?
+//!  drop     zero the first MiB, flush
+//! ```
+//!
+//! So a device that is half written has no boot sector, partition table or superblock. Zero policy: nothing is assumed about old content. Each byte of
+//! the device is either written from golden and patch, or zeroed (BLKZEROOUT, which is a promise of the device, else written zeros), to the device's
+//! very end: the previous tenant's data and backup partition table can't be read by the next.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    host::block::{self, Access, Claim},
+    names::VolumeName,
+    progress::Progress,
+    target::{
+        Place, Pool, Staged, Target, Volume, VolumeFormat, VolumePlan,
+        bulk::{self, Source},
+        extents, publish,
+    },
+    units::MIB,
+};
+
+/// What is written last and wiped first.
+const HEAD_BYTES: u64 = MIB;
+/// Bytes per zeroing call: a cancel is noticed between two.
+const ZERO_BYTES_MAX: u64 = 256 * MIB;
+
+/// The block-device target.
+pub struct Block;
+
+impl Target for Block {
+    fn format(&self) -> VolumeFormat {
+        VolumeFormat::Block
+    }
+
+    fn check(&self, pool: &Pool, name: &VolumeName, size_bytes: u64, _allocate_bytes: u64, overwrite: bool) -> Result<()> {
+        let claim = claim(pool, name, Access::Inspect)?;
+        refuse_too_small(&claim, size_bytes)?;
+        if !overwrite {
+            claim.refuse_signatures()?;
+        }
+        Ok(())
+    }
+
+    fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
+        publish::validate(plan)?;
+        let golden = extents::open_golden(plan.golden)?;
+        let claim = claim(plan.pool, plan.name, Access::Write)?;
+        refuse_too_small(&claim, plan.patch.size_bytes())?;
+        if !plan.overwrite {
+            claim.refuse_signatures()?;
+        }
+        let object = claim.path().display().to_string();
+        let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
+        let mut head = vec![0; HEAD_BYTES.min(plan.patch.size_bytes()) as usize];
+        source.read(&mut head, 0).map_err(|error| Error::io(Stage::Target, object.as_str(), "read the head of the golden image", error))?;
+        let mut staged = StagedDevice { claim, head, published: false, volume: volume(plan) };
+        staged.volume.virtual_size_bytes = staged.claim.size_bytes();
+        staged.volume.allocated_size_bytes = staged.claim.size_bytes();
+        staged.volume.pinned = Some(staged.claim.id());
+        staged.wipe_head()?;
+
+        let data = extents::data_ranges(&golden, plan.golden.size_bytes, &plan.golden.path)?;
+        let written = extents::union(&data, &extents::patch_ranges(plan.patch));
+        // The head is dealt with apart: as zeros above, with its content when published.
+        let gaps = extents::complement(&extents::union(&written, std::slice::from_ref(&(0..HEAD_BYTES))), staged.claim.size_bytes());
+        let mut pieces = Vec::new();
+        for range in &written {
+            bulk::cut(range.start.max(HEAD_BYTES)..range.end.max(HEAD_BYTES), range.start.max(HEAD_BYTES), &mut pieces);
+        }
+        progress.enter(Stage::Target, extents::total(&written));
+        staged.zero(&gaps, progress)?;
+        bulk::write(source, &pieces, &staged.claim.open_direct()?, &object, progress)?;
+        staged.flush("flush the data")?;
+        Ok(Box::new(staged))
+    }
+
+    fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
+        let (directory, allow) = devices_of(pool)?;
+        let named = block::device_path(directory, allow, volume.name.as_str())?;
+        // A running guest holds the device: it is looked at, not claimed.
+        let id = block::identify(&named)?;
+        if let Some(pinned) = &volume.pinned {
+            id.id.require_same(pinned, &named)?;
+        }
+        if id.size_bytes < volume.virtual_size_bytes {
+            let message = format!("has {} bytes, the volume was written with {}", id.size_bytes, volume.virtual_size_bytes);
+            return Err(Error::new(Kind::Conflict, Stage::Target, named.display().to_string(), message).with_reason("DEVICE_CHANGED"));
+        }
+        Ok(Volume { path: named.clone(), device: named, pinned: Some(id.id), ..volume.clone() })
+    }
+
+    fn delete(&self, pool: &Pool, volume: &Volume) -> Result<()> {
+        let claim = match claim(pool, &volume.name, Access::Write) {
+            // The logical volume itself is gone.
+            Err(error) if error.kind() == Kind::NotFound => return Ok(()),
+            other => other?,
+        };
+        if let Some(pinned) = &volume.pinned {
+            claim.id().require_same(pinned, claim.path())?;
+        }
+        let size = claim.size_bytes();
+        let failed = |error| Error::io(Stage::Target, claim.path().display().to_string(), "clear the first and last MiB", error);
+        let head = HEAD_BYTES.min(size);
+        let tail = size.saturating_sub(HEAD_BYTES).max(head);
+        block::zero_range(claim.file(), 0, head).map_err(failed)?;
+        if tail < size {
+            block::zero_range(claim.file(), tail, size - tail).map_err(failed)?;
+        }
+        claim.file().sync_all().map_err(failed)
+    }
+
+    fn sweep(&self, _pool: &Pool, _dry_run: bool) -> Result<Vec<PathBuf>> {
+        // A half-written device has an empty head and no name of its own: there is nothing to find.
+        Ok(Vec::new())
+    }
+}
+
+/// Size in bytes of the device that volume `name` of `pool` would be, so that a patch can be made for it. Opens it for reading only.
+pub fn size_bytes(pool: &Pool, name: &VolumeName) -> Result<u64> {
+    let (directory, allow) = devices_of(pool)?;
+    Ok(block::identify(&block::device_path(directory, allow, name.as_str())?)?.size_bytes)
+}
+
+/// A device that is written but for its head.
+struct StagedDevice {
+    claim: Claim,
+    head: Vec<u8>,
+    published: bool,
+    volume: Volume,
+}
+
+impl StagedDevice {
+    fn wipe_head(&self) -> Result<()> {
+        let len = HEAD_BYTES.min(self.claim.size_bytes());
+        block::zero_range(self.claim.file(), 0, len).map_err(|error| self.error("clear the first MiB", error))?;
+        self.flush("flush the cleared first MiB")
+    }
+
+    fn zero(&self, gaps: &[std::ops::Range<u64>], progress: &Progress) -> Result<()> {
+        for gap in gaps {
+            let mut at = gap.start;
+            while at < gap.end {
+                progress.check()?;
+                let len = (gap.end - at).min(ZERO_BYTES_MAX);
+                block::zero_range(self.claim.file(), at, len).map_err(|error| self.error(&format!("zero {len} bytes at {at}"), error))?;
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&self, doing: &str) -> Result<()> {
+        self.claim.file().sync_all().map_err(|error| self.error(doing, error))
+    }
+
+    fn error(&self, doing: &str, error: std::io::Error) -> Error {
+        Error::io(Stage::Target, self.claim.path().display().to_string(), doing, error)
+    }
+
+    fn write_head(&mut self) -> Result<()> {
+        use std::os::unix::fs::FileExt;
+        self.claim.verify()?;
+        self.claim.file().write_all_at(&self.head, 0).map_err(|error| self.error("write the first MiB", error))?;
+        self.flush("flush the first MiB")?;
+        self.claim.verify()
+    }
+}
+
+impl Staged for StagedDevice {
+    fn allocated_size_bytes(&self) -> Result<u64> {
+        Ok(self.claim.size_bytes())
+    }
+
+    fn path(&self) -> &Path {
+        self.claim.path()
+    }
+
+    fn publish(mut self: Box<Self>) -> Result<Volume> {
+        self.write_head()?;
+        self.published = true;
+        Ok(self.volume.clone())
+    }
+}
+
+impl Drop for StagedDevice {
+    fn drop(&mut self) {
+        if !self.published
+            && let Err(error) = self.wipe_head()
+        {
+            tracing::warn!(device = %self.claim.path().display(), error = %error.chain(), "an abandoned device may keep a part of its first MiB");
+        }
+    }
+}
+
+fn volume(plan: &VolumePlan<'_>) -> Volume {
+    let path = match &plan.pool.place {
+        Place::Devices { directory, .. } | Place::Directory { path: directory } => directory.join(plan.name.as_str()),
+    };
+    Volume {
+        pool: plan.pool.name.clone(),
+        name: plan.name.clone(),
+        format: VolumeFormat::Block,
+        device: path.clone(),
+        path,
+        virtual_size_bytes: 0,
+        allocated_size_bytes: 0,
+        backing: None,
+        pinned: None,
+    }
+}
+
+fn claim(pool: &Pool, name: &VolumeName, access: Access) -> Result<Claim> {
+    let (directory, allow) = devices_of(pool)?;
+    Claim::take(directory, allow, name.as_str(), access)
+}
+
+fn devices_of(pool: &Pool) -> Result<(&Path, &[String])> {
+    match &pool.place {
+        Place::Devices { directory, allow } => Ok((directory, allow)),
+        Place::Directory { .. } => {
+            Err(Error::new(Kind::InvalidRequest, Stage::Target, pool.name.as_str(), "the pool is a directory; block needs a pool of block devices")
+                .with_reason("POOL_KIND_DIFFERS"))
+        }
+    }
+}
+
+fn refuse_too_small(claim: &Claim, size_bytes: u64) -> Result<()> {
+    if claim.size_bytes() >= size_bytes {
+        return Ok(());
+    }
+    let message = format!("has {} bytes, the volume needs {size_bytes}", claim.size_bytes());
+    Err(Error::new(Kind::NoSpace, Stage::Target, claim.path().display().to_string(), message).with_reason("DEVICE_TOO_SMALL"))
+}

@@ -1,0 +1,112 @@
+//! Raw files attached to loop devices, for hypervisor tools that want a block device (Xen's blkback, containers).
+//!
+//! The file is staged and published as a raw file; then it is attached. The attachment outlives the daemon, so it is not cleared automatically: after a
+//! restart `adopt` finds it by the file's device and inode, and after a reboot it attaches the file again.
+
+use std::{
+    fs::OpenOptions,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    host::{
+        in_use,
+        loops::{self, LoopDevice, Options},
+        mounts,
+    },
+    names::VolumeName,
+    progress::Progress,
+    target::{
+        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan,
+        publish::{self, StagedFile},
+        raw,
+    },
+};
+
+/// The loop target.
+pub struct Looped;
+
+impl Target for Looped {
+    fn format(&self) -> VolumeFormat {
+        VolumeFormat::Loop
+    }
+
+    fn check(&self, pool: &Pool, name: &VolumeName, _size_bytes: u64, allocate_bytes: u64, _overwrite: bool) -> Result<()> {
+        if !Path::new("/dev/loop-control").exists() {
+            let error = Error::new(Kind::Unsupported, Stage::Target, "/dev/loop-control", "this host has no loop driver");
+            return Err(error.with_hint("load the loop module (modprobe loop)"));
+        }
+        publish::check(pool, self.format(), name, allocate_bytes)
+    }
+
+    fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
+        Ok(Box::new(StagedLoop { file: raw::stage(plan, self.format(), progress)?, pool: plan.pool.clone() }))
+    }
+
+    fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
+        let volume = publish::adopt(pool, volume)?;
+        let attached = loops::find_by_backing(&volume.path)?;
+        // The one that is known, else any: two daemons never attach one file, an operator may have.
+        let device = match attached.iter().find(|device| **device == volume.device).or(attached.first()) {
+            Some(device) => device.clone(),
+            None => attach(&volume.path)?,
+        };
+        Ok(Volume { device, ..volume })
+    }
+
+    fn delete(&self, pool: &Pool, volume: &Volume) -> Result<()> {
+        let path = publish::directory_of(pool, self.format())?.join(publish::file_name(&volume.name, self.format()));
+        for device in loops::find_by_backing(&path)? {
+            if let Some(number) = mounts::block_number(&device) {
+                in_use::refuse_device_in_use(&device, number)?;
+            }
+            loops::detach(&device)?;
+        }
+        publish::delete(pool, self.format(), &volume.name)
+    }
+
+    fn sweep(&self, pool: &Pool, dry_run: bool) -> Result<Vec<PathBuf>> {
+        publish::sweep(pool, dry_run)
+    }
+}
+
+struct StagedLoop {
+    file: StagedFile,
+    pool: Pool,
+}
+
+impl Staged for StagedLoop {
+    fn allocated_size_bytes(&self) -> Result<u64> {
+        self.file.allocated_size_bytes()
+    }
+
+    fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    fn publish(self: Box<Self>) -> Result<Volume> {
+        let StagedLoop { file, pool } = *self;
+        let mut volume = file.publish()?;
+        match attach(&volume.path) {
+            Ok(device) => volume.device = device,
+            // Without its device the volume is not what was asked for: it goes again.
+            Err(error) => {
+                return Err(match publish::delete(&pool, VolumeFormat::Loop, &volume.name) {
+                    Ok(()) => error,
+                    Err(cleanup) => error.with_cleanup_failure(cleanup),
+                });
+            }
+        }
+        Ok(volume)
+    }
+}
+
+fn attach(path: &Path) -> Result<PathBuf> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|error| Error::io(Stage::Target, path.display().to_string(), "open to attach it to a loop device", error))?;
+    Ok(LoopDevice::attach(&file, path, &Options::persistent())?.keep())
+}

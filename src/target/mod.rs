@@ -1,0 +1,190 @@
+//! Targets: golden + block patch → a volume on local storage. The only code that writes volumes.
+//!
+//! Life cycle: [`Target::check`] refuses what can be refused before anything is touched; [`Target::stage`] writes everything under a temporary
+//! name (or, on a raw device, everything but the first MiB); [`Staged::publish`] makes it durable and gives it its name. Dropping a [`Staged`]
+//! abandons it and leaves nothing. All of it runs on blocking threads.
+
+pub mod block;
+mod bulk;
+pub mod extents;
+pub mod looped;
+mod publish;
+pub mod qcow2;
+pub mod raw;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::Result,
+    fs::patch::BlockPatch,
+    names::{Digest, PoolName, VolumeName},
+    progress::Progress,
+};
+
+/// How a volume is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeFormat {
+    /// A raw file in a directory pool.
+    Raw,
+    /// A qcow2 file whose backing file is the golden: only the patch is written.
+    Qcow2Overlay,
+    /// A qcow2 file that stands alone.
+    Qcow2,
+    /// A raw block device of a block pool (logical volume, partition, whole disk).
+    Block,
+    /// A raw file in a directory pool, attached to a loop device.
+    Loop,
+}
+
+impl VolumeFormat {
+    /// The name used in documents and the protocol.
+    pub fn name(self) -> &'static str {
+        match self {
+            VolumeFormat::Raw => "raw",
+            VolumeFormat::Qcow2Overlay => "qcow2-overlay",
+            VolumeFormat::Qcow2 => "qcow2",
+            VolumeFormat::Block => "block",
+            VolumeFormat::Loop => "loop",
+        }
+    }
+}
+
+/// The implementation of a format.
+pub fn target_for(format: VolumeFormat) -> &'static dyn Target {
+    match format {
+        VolumeFormat::Raw => &raw::Raw,
+        VolumeFormat::Qcow2Overlay => &qcow2::overlay::Overlay,
+        VolumeFormat::Qcow2 => &qcow2::standalone::Standalone,
+        VolumeFormat::Block => &block::Block,
+        VolumeFormat::Loop => &looped::Looped,
+    }
+}
+
+/// A configured place that volumes live in. Requests name it; they never name a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pool {
+    /// Its name.
+    pub name: PoolName,
+    /// What it is.
+    pub place: Place,
+}
+
+/// What a pool is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A directory: files `NAME.raw`, `NAME.qcow2`.
+    Directory {
+        /// Absolute path, made by the operator or at start.
+        path: PathBuf,
+    },
+    /// Block devices: volume `NAME` is the device `DIRECTORY/NAME`, and it must match the allow-list.
+    Devices {
+        /// Where the device nodes or links are, e.g. `/dev/vg0` or `/dev/disk/by-id`.
+        directory: PathBuf,
+        /// Shell-style patterns of the names that may be written; nothing else is ever opened.
+        allow: Vec<String>,
+    },
+}
+
+/// A finished, immutable disk in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GoldenDisk {
+    /// The raw, sparse file.
+    pub path: PathBuf,
+    /// Its size in bytes, a multiple of 4096.
+    pub size_bytes: u64,
+    /// Digest over its content, as the golden's record has it.
+    pub digest: Digest,
+}
+
+/// What a target is asked to make.
+#[derive(Debug, Clone)]
+pub struct VolumePlan<'a> {
+    /// Where.
+    pub pool: &'a Pool,
+    /// Under which name.
+    pub name: &'a VolumeName,
+    /// From which disk.
+    pub golden: &'a GoldenDisk,
+    /// With which changes; `patch.size_bytes()` is the volume's virtual size.
+    pub patch: &'a BlockPatch,
+    /// Whether live signatures on a block device may be overwritten.
+    pub overwrite: bool,
+    /// Unique per render, safe in file names: temporary names are `.cloudletd-stage-<render>-<volume>`.
+    pub render: &'a str,
+}
+
+/// A volume that exists, complete and durable. Kept in the catalogue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// The pool it is in.
+    pub pool: PoolName,
+    /// Its name there.
+    pub name: VolumeName,
+    /// How it is stored.
+    pub format: VolumeFormat,
+    /// The file or device that holds the bytes.
+    pub path: PathBuf,
+    /// What a guest is given: `path`, or the loop device.
+    pub device: PathBuf,
+    /// Size the guest sees, bytes.
+    pub virtual_size_bytes: u64,
+    /// Bytes allocated on the host's storage when it was published (for a block device: its size).
+    pub allocated_size_bytes: u64,
+    /// The golden file it depends on, for overlays.
+    pub backing: Option<PathBuf>,
+    /// Identity of the block device it was written to, so that another device under the same name is never touched.
+    pub pinned: Option<DeviceId>,
+}
+
+/// Identity of a block device: `st_rdev` and `/sys/dev/block/MAJ:MIN/diskseq` (Linux 5.15; BLKGETDISKSEQ), where the kernel has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceId {
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Grows with every new device of the running kernel; not comparable across reboots.
+    pub diskseq: Option<u64>,
+    /// Which boot of the host the numbers belong to (first half of the kernel's boot id): across reboots they mean nothing.
+    #[serde(default)]
+    pub boot: Option<u64>,
+}
+
+/// A volume that is written but not yet there. Dropping it abandons it.
+pub trait Staged: Send {
+    /// Bytes allocated so far.
+    fn allocated_size_bytes(&self) -> Result<u64>;
+    /// Where the staged bytes are, for checks by judges.
+    fn path(&self) -> &Path;
+    /// Flushes data and metadata, gives it its name (never replacing anything that exists), flushes the directory.
+    fn publish(self: Box<Self>) -> Result<Volume>;
+}
+
+/// One way of storing volumes. Stateless.
+pub trait Target: Send + Sync {
+    /// Which way.
+    fn format(&self) -> VolumeFormat;
+
+    /// Refuses what can't work: wrong kind of pool, name taken (`AlreadyExists`), device not allowed, in use, too small (`Conflict`/`NoSpace`),
+    /// signatures without `overwrite` (`Conflict`, reason `DEVICE_NOT_EMPTY`), too little space in the pool. Writes nothing. `size_bytes` is the virtual size,
+    /// `allocate_bytes` a bound on what will be allocated.
+    fn check(&self, pool: &Pool, name: &VolumeName, size_bytes: u64, allocate_bytes: u64, overwrite: bool) -> Result<()>;
+
+    /// Writes the volume under a temporary name. On an error nothing is left behind.
+    fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>>;
+
+    /// Makes the volume usable again after a restart of daemon or host (attaches its loop device, verifies its pinned device). Returns the volume as it is
+    /// now; changes nothing when all is well.
+    fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume>;
+
+    /// Removes the volume: detaches its loop device, unlinks its file; on a block device clears the first and last MiB. Refuses (`Conflict`) while it is in use.
+    /// Done already is success.
+    fn delete(&self, pool: &Pool, volume: &Volume) -> Result<()>;
+
+    /// Removes what stages of earlier daemons left in `pool` (temporary names only); returns what was removed, or would be with `dry_run`.
+    fn sweep(&self, pool: &Pool, dry_run: bool) -> Result<Vec<PathBuf>>;
+}

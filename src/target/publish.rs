@@ -1,0 +1,329 @@
+//! Volumes that are files: staged under a temporary name in the pool's directory, published by a rename that replaces nothing.
+//!
+//! ```text
+//!  create  .cloudletd-stage-RENDER-VOLUME   O_EXCL, mode 0600, exclusive flock as long as the stage lives
+//!  publish fsync file ─► renameat2(RENAME_NOREPLACE) (or link + unlink) ─► fsync directory
+//!  drop    unlink
+//! ```
+//!
+//! The flock tells a live stage from what a dead daemon left: `sweep` removes only what nobody holds.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags},
+    io::Errno,
+};
+
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    host::in_use,
+    names::VolumeName,
+    target::{Place, Pool, Staged, Volume, VolumeFormat, VolumePlan},
+    units::{MIB, PATCH_BLOCK},
+};
+
+/// How temporary names start.
+const STAGE_PREFIX: &str = ".cloudletd-stage-";
+/// Kept free in a pool: one part in this many of the filesystem …
+const RESERVE_PART: u64 = 100;
+/// … but not more than this. A full filesystem under running guests pauses or corrupts them.
+const RESERVE_BYTES_MAX: u64 = 1024 * MIB;
+
+/// A file that is being written.
+pub(super) struct StagedFile {
+    directory: File,
+    directory_path: PathBuf,
+    temporary: String,
+    path: PathBuf,
+    file: File,
+    /// Whether the temporary name is still there to be removed.
+    armed: bool,
+    volume: Volume,
+}
+
+impl StagedFile {
+    /// Creates the temporary file for `plan`. `AlreadyExists`: the name is taken, or another stage of the same render runs.
+    pub fn create(plan: &VolumePlan<'_>, format: VolumeFormat) -> Result<Self> {
+        validate(plan)?;
+        let directory_path = directory_of(plan.pool, format)?.to_owned();
+        let directory = File::open(&directory_path)
+            .map_err(|error| Error::io(Stage::Target, directory_path.display().to_string(), "open the pool's directory", error))?;
+        refuse_taken(&directory_path, plan.name)?;
+        let temporary = format!("{STAGE_PREFIX}{}-{}", plan.render, plan.name.as_str());
+        let path = directory_path.join(&temporary);
+        let file = create_temporary(&directory, &temporary, &path)?;
+        let final_path = directory_path.join(file_name(plan.name, format));
+        let volume = Volume {
+            pool: plan.pool.name.clone(),
+            name: plan.name.clone(),
+            format,
+            path: final_path.clone(),
+            device: final_path,
+            virtual_size_bytes: plan.patch.size_bytes(),
+            allocated_size_bytes: 0,
+            backing: None,
+            pinned: None,
+        };
+        Ok(StagedFile { directory, directory_path, temporary, path, file, armed: true, volume })
+    }
+
+    /// The file, open for reading and writing.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A second descriptor for direct I/O, or one as the first where the filesystem has none (EINVAL: tmpfs before Linux 6.6). It is opened through the
+    /// first, not by name.
+    pub fn open_direct(&self) -> Result<File> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        match OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                self.file.try_clone().map_err(|error| self.error("duplicate the descriptor", error))
+            }
+            other => other.map_err(|error| self.error("open for direct I/O", error)),
+        }
+    }
+
+    /// The temporary path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Says that the volume depends on another file.
+    pub fn set_backing(&mut self, path: &Path) {
+        self.volume.backing = Some(path.to_owned());
+    }
+
+    /// Bytes allocated by the filesystem.
+    pub fn allocated_size_bytes(&self) -> Result<u64> {
+        let meta = self.file.metadata().map_err(|error| self.error("stat", error))?;
+        Ok(meta.blocks().saturating_mul(512))
+    }
+
+    /// An error about this file.
+    pub fn error(&self, doing: impl Into<String>, error: io::Error) -> Error {
+        Error::io(Stage::Target, self.path.display().to_string(), doing, error)
+    }
+
+    /// See the head of this file. What `Drop` would have removed is the published volume afterwards.
+    pub fn publish(mut self) -> Result<Volume> {
+        self.file.sync_all().map_err(|error| self.error("flush", error))?;
+        self.volume.allocated_size_bytes = self.allocated_size_bytes()?;
+        let name = file_name(&self.volume.name, self.volume.format);
+        match rename_no_replace(&self.directory, &self.temporary, &name) {
+            Ok(()) => self.armed = false,
+            Err(Errno::EXIST) => return Err(taken(&self.volume.path)),
+            Err(errno) => return Err(self.error(format!("publish as {name}"), errno.into())),
+        }
+        if let Err(error) = self.directory.sync_all() {
+            let error = Error::io(Stage::Target, self.directory_path.display().to_string(), "flush the pool's directory", error);
+            // Not durable is not there.
+            return Err(match rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty()) {
+                Ok(()) => error,
+                Err(errno) => error.with_cleanup_failure(Error::io(Stage::Target, name, "remove", errno.into())),
+            });
+        }
+        Ok(self.volume.clone())
+    }
+}
+
+impl Drop for StagedFile {
+    fn drop(&mut self) {
+        if self.armed
+            && let Err(errno) = rustix::fs::unlinkat(&self.directory, &self.temporary, AtFlags::empty())
+        {
+            tracing::warn!(path = %self.path.display(), error = %errno, "a staged file is left behind");
+        }
+    }
+}
+
+impl Staged for StagedFile {
+    fn allocated_size_bytes(&self) -> Result<u64> {
+        StagedFile::allocated_size_bytes(self)
+    }
+
+    fn path(&self) -> &Path {
+        StagedFile::path(self)
+    }
+
+    fn publish(self: Box<Self>) -> Result<Volume> {
+        StagedFile::publish(*self)
+    }
+}
+
+/// The checks of a file target that write nothing.
+pub(super) fn check(pool: &Pool, format: VolumeFormat, name: &VolumeName, allocate_bytes: u64) -> Result<()> {
+    let directory = directory_of(pool, format)?;
+    refuse_taken(directory, name)?;
+    let object = || directory.display().to_string();
+    let stat = rustix::fs::statvfs(directory).map_err(|errno| Error::io(Stage::Target, object(), "get the pool's free space", errno.into()))?;
+    let available = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let reserve = (stat.f_blocks.saturating_mul(stat.f_frsize) / RESERVE_PART).min(RESERVE_BYTES_MAX);
+    if allocate_bytes.saturating_add(reserve) > available {
+        let message = format!("{} needs {allocate_bytes} bytes and {reserve} are kept free, the pool has {available}", name.as_str());
+        return Err(Error::new(Kind::NoSpace, Stage::Target, object(), message).with_reason("POOL_FULL"));
+    }
+    Ok(())
+}
+
+/// Finds a published file again: it must be there, regular, and its backing file too.
+pub(super) fn adopt(pool: &Pool, volume: &Volume) -> Result<Volume> {
+    let path = directory_of(pool, volume.format)?.join(file_name(&volume.name, volume.format));
+    let object = || path.display().to_string();
+    let meta = std::fs::symlink_metadata(&path).map_err(|error| Error::io(Stage::Target, object(), "find the volume's file", error))?;
+    if !meta.is_file() {
+        return Err(Error::new(Kind::Corrupt, Stage::Target, object(), "is not a regular file"));
+    }
+    if let Some(backing) = &volume.backing {
+        std::fs::metadata(backing).map_err(|error| {
+            Error::io(Stage::Target, backing.display().to_string(), format!("find the golden image behind {}", object()), error)
+                .with_reason("BACKING_MISSING")
+        })?;
+    }
+    Ok(Volume { path, ..volume.clone() })
+}
+
+/// Unlinks a published file unless it is in use. Not there is success.
+pub(super) fn delete(pool: &Pool, format: VolumeFormat, name: &VolumeName) -> Result<()> {
+    let directory_path = directory_of(pool, format)?;
+    let name = file_name(name, format);
+    let path = directory_path.join(&name);
+    in_use::refuse_file_in_use(&path)?;
+    let directory = File::open(directory_path)
+        .map_err(|error| Error::io(Stage::Target, directory_path.display().to_string(), "open the pool's directory", error))?;
+    match rustix::fs::unlinkat(&directory, &name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(errno) => return Err(Error::io(Stage::Target, path.display().to_string(), "remove", errno.into())),
+    }
+    directory.sync_all().map_err(|error| Error::io(Stage::Target, directory_path.display().to_string(), "flush the pool's directory", error))
+}
+
+/// Removes temporary files that no live stage holds. Pools of devices have none.
+pub(super) fn sweep(pool: &Pool, dry_run: bool) -> Result<Vec<PathBuf>> {
+    let Place::Directory { path } = &pool.place else { return Ok(Vec::new()) };
+    let failed = |doing: &str, error: io::Error| Error::io(Stage::Target, path.display().to_string(), doing, error);
+    let mut removed = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(|error| failed("list the pool", error))? {
+        let entry = entry.map_err(|error| failed("list the pool", error))?;
+        let is_ours = entry.file_name().as_encoded_bytes().starts_with(STAGE_PREFIX.as_bytes());
+        if !is_ours || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            continue;
+        }
+        let Ok(file) = File::open(entry.path()) else { continue };
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        if !dry_run {
+            std::fs::remove_file(entry.path()).map_err(|error| failed("remove a stale stage", error))?;
+        }
+        removed.push(entry.path());
+    }
+    removed.sort();
+    Ok(removed)
+}
+
+/// The directory of a pool that holds files.
+pub(super) fn directory_of(pool: &Pool, format: VolumeFormat) -> Result<&Path> {
+    match &pool.place {
+        Place::Directory { path } => Ok(path),
+        Place::Devices { .. } => {
+            let message = format!("the pool holds block devices; {} needs a pool that is a directory", format.name());
+            Err(Error::new(Kind::InvalidRequest, Stage::Target, pool.name.as_str(), message).with_reason("POOL_KIND_DIFFERS"))
+        }
+    }
+}
+
+/// The file of a volume in its pool's directory.
+pub(super) fn file_name(name: &VolumeName, format: VolumeFormat) -> String {
+    let extension = match format {
+        VolumeFormat::Raw | VolumeFormat::Loop | VolumeFormat::Block => "raw",
+        VolumeFormat::Qcow2 | VolumeFormat::Qcow2Overlay => "qcow2",
+    };
+    format!("{}.{extension}", name.as_str())
+}
+
+/// What must hold of every plan, whatever the target.
+pub(super) fn validate(plan: &VolumePlan<'_>) -> Result<()> {
+    let (size, golden) = (plan.patch.size_bytes(), plan.golden.size_bytes);
+    let refuse = |message: String| Err(Error::new(Kind::InvalidRequest, Stage::Target, plan.name.as_str(), message));
+    if size < golden {
+        return refuse(format!("a volume of {size} bytes can't hold the golden image of {golden} bytes"));
+    }
+    if !size.is_multiple_of(PATCH_BLOCK) || !golden.is_multiple_of(PATCH_BLOCK) || size > i64::MAX as u64 {
+        return refuse(format!("sizes are multiples of {PATCH_BLOCK} below 2^63; volume {size}, golden image {golden}"));
+    }
+    if let Some((last, _)) = plan.patch.iter().next_back()
+        && last >= size / PATCH_BLOCK
+    {
+        return Err(Error::internal(Stage::Target, plan.name.as_str(), format!("patch block {last} lies beyond the volume's {size} bytes")));
+    }
+    if plan.render.is_empty() || plan.render.contains(['/', '\0']) {
+        return Err(Error::internal(Stage::Target, plan.render, "a render id is a part of a file name"));
+    }
+    Ok(())
+}
+
+/// A volume's name is unique in its pool, whatever the format.
+fn refuse_taken(directory: &Path, name: &VolumeName) -> Result<()> {
+    for format in [VolumeFormat::Raw, VolumeFormat::Qcow2] {
+        let path = directory.join(file_name(name, format));
+        match std::fs::symlink_metadata(&path) {
+            Ok(_) => return Err(taken(&path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(Stage::Target, path.display().to_string(), "see whether the name is free", error)),
+        }
+    }
+    Ok(())
+}
+
+fn taken(path: &Path) -> Error {
+    Error::new(Kind::AlreadyExists, Stage::Target, path.display().to_string(), "the volume's name is taken").with_reason("VOLUME_EXISTS")
+}
+
+fn create_temporary(directory: &File, name: &str, path: &Path) -> Result<File> {
+    let failed = |doing: &str, errno: Errno| Error::io(Stage::Target, path.display().to_string(), doing, errno.into());
+    // Twice: the first may meet what an earlier daemon left of the same render.
+    for attempt in 0..2 {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match rustix::fs::openat(directory, name, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(descriptor) => {
+                let file = File::from(descriptor);
+                rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| failed("lock", errno))?;
+                return Ok(file);
+            }
+            Err(Errno::EXIST) if attempt == 0 => {}
+            Err(errno) => return Err(failed("create", errno)),
+        }
+        let stale = match rustix::fs::openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()) {
+            Ok(descriptor) => File::from(descriptor),
+            Err(Errno::NOENT) => continue,
+            Err(errno) => return Err(failed("open what an earlier stage left", errno)),
+        };
+        if rustix::fs::flock(&stale, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let message = "another stage of the same render and volume is running";
+            return Err(Error::new(Kind::Conflict, Stage::Target, path.display().to_string(), message));
+        }
+        rustix::fs::unlinkat(directory, name, AtFlags::empty()).map_err(|errno| failed("remove what an earlier stage left", errno))?;
+    }
+    Err(Error::new(Kind::Busy, Stage::Target, path.display().to_string(), "the temporary name is created by somebody else again and again"))
+}
+
+/// Filesystems without RENAME_NOREPLACE (EINVAL) get a hard link, which never replaces either.
+fn rename_no_replace(directory: &File, from: &str, to: &str) -> Result<(), Errno> {
+    match rustix::fs::renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            rustix::fs::linkat(directory, from, directory, to, AtFlags::empty())?;
+            rustix::fs::unlinkat(directory, from, AtFlags::empty())
+        }
+        other => other,
+    }
+}

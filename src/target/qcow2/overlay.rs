@@ -1,0 +1,105 @@
+//! qcow2 overlays: the golden is the backing file, only the patch is written.
+//!
+//! A cluster is the unit a qcow2 image allocates, and a guest sees all of it from one place: with plain clusters of 64 KiB each patched block drags 60 KiB
+//! of the golden along. With subclusters (extended L2 entries, QEMU 5.2 of December 2020) only the blocks themselves are written, the golden is not even
+//! read, and a guest's later 4 KiB writes copy nothing either. Measured with QEMU 7.2 on a 3 GiB golden (`qemu-img bench -t none -d 16`, median of 3,
+//! busy 2-core host, so only the ratios count; bytes for 100 scattered blocks):
+//!
+//! | clusters          | written  | 6000 scattered 4 KiB writes | 4000 × 64 KiB in sequence | rewrites | 64 KiB reads |
+//! |-------------------|----------|-----------------------------|---------------------------|----------|--------------|
+//! | 4 KiB             | ~0.9 MiB | 1.50 s                      | 1.22 s                    | 0.25 s   | 0.45 s       |
+//! | 16 KiB            | ~2 MiB   | 0.78 s                      | 0.94 s                    | 0.20 s   | 0.43 s       |
+//! | 64 KiB            | ~6.5 MiB | 1.65 s                      | 0.20 s                    | 0.24 s   | 0.36 s       |
+//! | 64 KiB, 32 × 2 K  | 0.54 MiB | 0.66 s                      | 0.60 s                    | 0.23 s   | 0.35 s       |
+//! | 128 KiB, 32 × 4 K | 0.52 MiB | 0.48 s                      | 0.59 s                    | 0.21 s   | 0.36 s       |
+//!
+//! So 128 KiB with subclusters: the least written, the fastest for what guests do most, and a subcluster is exactly a patch block.
+
+use std::{
+    os::unix::{ffi::OsStrExt, fs::FileExt},
+    path::PathBuf,
+};
+
+use super::{Geometry, Layout, SUBCLUSTERS, check_backing_name};
+use crate::{
+    error::{Error, Result, Stage},
+    fs::patch::BlockPatch,
+    names::VolumeName,
+    progress::Progress,
+    target::{
+        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, extents,
+        publish::{self, StagedFile},
+    },
+    units::PATCH_BLOCK,
+};
+
+/// See the head of this file.
+const GEOMETRY: Geometry = Geometry { cluster_bits: 17, subclusters: true };
+
+/// The overlay target.
+pub struct Overlay;
+
+impl Target for Overlay {
+    fn format(&self) -> VolumeFormat {
+        VolumeFormat::Qcow2Overlay
+    }
+
+    fn check(&self, pool: &Pool, name: &VolumeName, _size_bytes: u64, allocate_bytes: u64, _overwrite: bool) -> Result<()> {
+        publish::check(pool, self.format(), name, allocate_bytes)
+    }
+
+    fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
+        // Only its existence and size matter here: QEMU reads it later.
+        extents::open_golden(plan.golden)?;
+        let path = std::path::absolute(&plan.golden.path)
+            .map_err(|error| Error::io(Stage::Target, plan.golden.path.display().to_string(), "make absolute", error))?;
+        let backing = path.as_os_str().as_bytes();
+        check_backing_name(backing)?;
+        let mut staged = StagedFile::create(plan, self.format())?;
+        staged.set_backing(&path);
+        let bytes = plan.patch.len() as u64 * PATCH_BLOCK;
+        progress.enter(Stage::Target, bytes);
+        let layout = Layout::new(GEOMETRY, plan.patch.size_bytes(), &extents::patch_ranges(plan.patch))?;
+        layout
+            .write_metadata(staged.file(), Some(backing), |guest| allocation_bitmap(plan.patch, guest))
+            .map_err(|error| staged.error("write the qcow2 metadata", error))?;
+        write_blocks(&layout, plan.patch, &staged).map_err(|error| staged.error("write the patch", error))?;
+        progress.add(bytes);
+        progress.check()?;
+        Ok(Box::new(staged))
+    }
+
+    fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
+        publish::adopt(pool, volume)
+    }
+
+    fn delete(&self, pool: &Pool, volume: &Volume) -> Result<()> {
+        publish::delete(pool, self.format(), &volume.name)
+    }
+
+    fn sweep(&self, pool: &Pool, dry_run: bool) -> Result<Vec<PathBuf>> {
+        publish::sweep(pool, dry_run)
+    }
+}
+
+/// The patch's blocks alone; what is around them is read from the golden, subcluster by subcluster.
+fn write_blocks(layout: &Layout, patch: &BlockPatch, staged: &StagedFile) -> std::io::Result<()> {
+    for (first, blocks) in patch.runs() {
+        // A run of guest blocks is a run in the file: touching clusters are allocated together, in guest order.
+        let at = layout.host_offset(first * PATCH_BLOCK);
+        match blocks.as_slice() {
+            [only] => staged.file().write_all_at(only, at)?,
+            many => staged.file().write_all_at(&many.concat(), at)?,
+        }
+    }
+    Ok(())
+}
+
+/// Which of a cluster's 32 subclusters the patch writes. A patch block is one or more whole subclusters.
+fn allocation_bitmap(patch: &BlockPatch, guest: u64) -> u32 {
+    let subcluster = GEOMETRY.cluster() / SUBCLUSTERS;
+    let start = guest * GEOMETRY.cluster();
+    (0..SUBCLUSTERS).filter(|index| patch.get((start + index * subcluster) / PATCH_BLOCK).is_some()).fold(0, |bits, index| bits | 1 << index)
+}
+
+const _: () = assert!(GEOMETRY.subclusters && (1 << GEOMETRY.cluster_bits) / SUBCLUSTERS <= PATCH_BLOCK, "a block would be a part of a subcluster");
