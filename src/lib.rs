@@ -31,16 +31,18 @@
 //!
 //! # Reading order
 //!
-//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], `manifest`; [`target`], `disk`, `mapping`; `store`,
+//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], `manifest`; [`target`], [`disk`], [`mapping`]; `store`,
 //! `source`, [`host`]; `api`, `server`, `config`.
 
 #![deny(unsafe_code, missing_docs)]
 
+pub mod disk;
 pub mod error;
 pub mod ext4;
 pub mod fs;
 pub mod guest;
 pub mod host;
+pub mod mapping;
 pub mod names;
 pub mod progress;
 pub mod proto;
