@@ -1,3 +1,127 @@
 //! Injection: what makes an instance out of an image, as pure data.
+//!
+//! [`inject`] takes the facts of a golden image ([`facts::GuestFacts`]), the configuration of the instance ([`config::InstanceConfig`]) and its
+//! identity ([`identity::Identity`]) and gives a list of edits with a report that says what, why and by whom. It reads nothing else and writes
+//! nothing: the same inputs give the same edits, on every host and for every target, and they can be shown before they are applied.
+//!
+//! ```text
+//!  facts ──┐   scrub        leftovers of the machine the image was made on are removed
+//!  config ─┼─▶ hostname     /etc/hostname, /etc/hosts
+//!  identity┘   machine_id   /etc/machine-id
+//!              ssh          host keys from the identity's seed
+//!              users        authorized keys, root's password hash
+//!              network      one back-end's files, names by MAC, resolv.conf; what would shadow them is removed
+//!              fstab        the root line
+//!              files        what the caller wants besides
+//!              applied      /.cloudlet/applied_config, without secrets
+//! ```
+//!
+//! Rules that hold for all parts:
+//! - What a template of the manifest or a file of the request writes is not written here ([`plan::Plan`]).
+//! - What the image contains decides, never the name or version of a distribution; `os-release` only tells habits (the host name's form).
+//! - No value with a control character reaches a file: values are typed, and every writer refuses them again (failures.md 14).
+//! - Secrets (host keys, shadow, the request's files) are marked; reports and logs show `redacted` for them.
+//! - The modes of injected files: host keys, netplan, NetworkManager profiles, authorized_keys 0600; `.ssh` 0700; shadow as the image has it but
+//!   never readable by others; machine-id 0444; the rest 0644 (failures.md 19).
 
+pub mod applied;
+pub mod config;
+pub mod decode;
+pub mod enablement;
 pub mod facts;
+pub mod fstab;
+pub mod hostname;
+pub mod identity;
+pub mod machine_id;
+pub mod network;
+pub mod plan;
+pub mod report;
+pub mod resolv;
+pub mod scrub;
+pub mod ssh;
+pub mod tree;
+pub mod users;
+pub mod validate;
+pub mod watch;
+
+use std::collections::BTreeSet;
+
+use crate::{
+    error::Result,
+    fs::edit::{Attrs, Edit},
+    guest::{config::InstanceConfig, facts::GuestFacts, fstab::RootMount, identity::Identity, plan::Plan, report::Report},
+    units::Timestamp,
+};
+
+/// Everything injection looks at.
+pub struct Inputs<'a> {
+    /// The image.
+    pub facts: &'a GuestFacts,
+    /// What the caller wants; checked again by [`validate::validate`].
+    pub config: &'a InstanceConfig,
+    /// Who the instance is.
+    pub identity: &'a Identity,
+    /// Absolute paths that the manifest's templates write.
+    pub claimed: &'a BTreeSet<String>,
+    /// Names of `args` whose values are secret and must not be recorded in the guest.
+    pub secret_args: &'a BTreeSet<String>,
+    /// What fstab says about `/`; `None` leaves fstab alone.
+    pub fstab_root: Option<&'a RootMount>,
+    /// Recorded as the time the configuration was applied.
+    pub now: Timestamp,
+}
+
+/// What injection wants done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Injection {
+    /// The edits, in order.
+    pub edits: Vec<Edit>,
+    /// The account of them.
+    pub report: Report,
+}
+
+/// Computes the edits. `Kind::InvalidRequest` names the wrong field (a user that the image does not have, a gateway that can't be reached),
+/// `Kind::Unsupported` what the image can't do (`NO_NETWORK_BACKEND`, `GUEST_FILE_UNREADABLE`).
+pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
+    let Inputs { facts, config, identity, claimed, secret_args, fstab_root, now } = *inputs;
+    validate::validate(config)?;
+    let mut plan = Plan::new(facts, claimed);
+    for file in &config.files {
+        plan.claim_for_caller(&file.path.display());
+    }
+    scrub::remove_leftovers(&mut plan, facts, config)?;
+    let hostname = hostname::write_hostname(&mut plan, facts, config)?;
+    let machine_id = config.machine_id.clone().unwrap_or_else(|| identity.machine_id_hex());
+    machine_id::write_machine_id(&mut plan, facts, &machine_id)?;
+    let ssh_host_keys = ssh::write_host_keys(&mut plan, facts, config, identity, hostname.as_ref().map(|name| name.as_str()))?;
+    users::write_accounts(&mut plan, facts, config)?;
+    let network = match &config.network {
+        Some(network) => Some(network::apply(&mut plan, facts, network, identity)?),
+        None => {
+            plan.notes.push("no network is given: the image's own network configuration is left alone".into());
+            None
+        }
+    };
+    if let Some(root) = fstab_root {
+        fstab::write_fstab(&mut plan, facts, root)?;
+    }
+    for file in &config.files {
+        plan.write_callers(&file.path, file.content.expose(), Attrs { mode: file.mode, uid: file.uid, gid: file.gid, xattrs: Vec::new() });
+    }
+    relabel_if_selinux(&mut plan, facts)?;
+    applied::write_applied_config(&mut plan, config, secret_args, &machine_id, now)?;
+    let (edits, changes, notes, warnings) = plan.finish();
+    let hostname = hostname.map(|name| name.to_string());
+    Ok(Injection { edits, report: Report { hostname, machine_id, network, ssh_host_keys, changes, notes, warnings } })
+}
+
+/// Files that are written without SELinux labels can't be read by confined services when the guest enforces. Labels are a property of the guest's
+/// own policy, which only the guest can compute: it is asked to relabel at its first boot (selinux-autorelabel-generator reads the file).
+fn relabel_if_selinux(plan: &mut Plan<'_>, facts: &GuestFacts) -> Result<()> {
+    let Some(text) = facts.text("/etc/selinux/config") else { return Ok(()) };
+    if !matches!(tree::shell_variable(text, "SELINUX"), Some("enforcing" | "permissive")) {
+        return Ok(());
+    }
+    plan.notes.push("the image uses SELinux: the guest relabels its files at the first boot and restarts once".into());
+    plan.write("/.autorelabel", "", 0o644, "files written here have no SELinux labels yet")
+}

@@ -1,0 +1,202 @@
+//! The configuration of one instance, valid by construction: what the caller wants inside the guest. Decoded from the API, from JSON on the
+//! command line, or from a configuration of 2010 (`{"args": …, "dns": …, "ip": …}`) by `guest::decode`.
+
+use std::{fmt, net::IpAddr};
+
+use serde_json::{Map, Value};
+
+use crate::names::{GuestPath, Hostname, InstanceName, InterfaceName, MacAddr};
+
+/// Everything an instance is told about itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InstanceConfig {
+    /// The provider's name for the instance; identities are derived from it.
+    pub instance: InstanceName,
+    /// Host name or FQDN; the instance name when not given and it is a valid one.
+    pub hostname: Option<Hostname>,
+    /// Values for the manifest's `args`.
+    pub args: Map<String, Value>,
+    /// The network; `None` leaves the image's own network configuration alone.
+    pub network: Option<Network>,
+    /// Keys that may log in, per user.
+    pub authorized_keys: Vec<AuthorizedKeys>,
+    /// Crypt hash for root (`$6$…`, `$y$…`, `$2b$…`, `$5$…`); `None` leaves the account as it is.
+    pub root_password_hash: Option<Secret>,
+    /// Overrides the derived machine-id: 32 hexadecimal digits.
+    pub machine_id: Option<String>,
+    /// Make fresh SSH host keys (default) or leave what is there.
+    pub ssh_host_keys: HostKeys,
+    /// Further files to write.
+    pub files: Vec<InjectedFile>,
+}
+
+/// What happens to the SSH host keys of the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HostKeys {
+    /// Keys of the image are removed and new ones (Ed25519, ECDSA) made, if the image has an SSH server.
+    #[default]
+    Fresh,
+    /// Keys of the image are removed; the guest makes its own at first boot.
+    Remove,
+    /// Nothing is touched.
+    Keep,
+}
+
+/// A file the caller wants in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InjectedFile {
+    /// Where.
+    pub path: GuestPath,
+    /// Content.
+    pub content: Secret,
+    /// Permission bits.
+    pub mode: u16,
+    /// Numeric owner.
+    pub uid: u32,
+    /// Numeric group.
+    pub gid: u32,
+}
+
+/// The keys of one user of the image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthorizedKeys {
+    /// A name in the image's own passwd file.
+    pub user: String,
+    /// Lines in `authorized_keys` form, each parsed and without control characters.
+    pub keys: Vec<String>,
+}
+
+/// Bytes that never show up in logs, plans, reports or `Debug`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Vec<u8>);
+
+impl Secret {
+    /// Wraps secret bytes.
+    pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
+        Secret(bytes.into())
+    }
+
+    /// The bytes, for writing them into the guest and nothing else.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+/// The neutral network model, close to netplan's version 2.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Network {
+    /// NICs, in the caller's order; names and MACs are unique.
+    pub interfaces: Vec<Interface>,
+    /// Resolvers of the whole system, v4 and v6.
+    pub nameservers: Vec<IpAddr>,
+    /// Search domains of the whole system.
+    pub search: Vec<Hostname>,
+    /// Force a back-end instead of detecting it.
+    pub backend: Option<BackendKind>,
+}
+
+/// One Ethernet interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Name in the guest; pinned to the MAC when there is one.
+    pub name: InterfaceName,
+    /// Hardware address.
+    pub mac: Option<MacAddr>,
+    /// Static addresses, v4 and v6.
+    pub addresses: Vec<Cidr>,
+    /// Default gateway for IPv4; on-link when no address of this interface contains it.
+    pub gateway4: Option<std::net::Ipv4Addr>,
+    /// Default gateway for IPv6; link-local is allowed; on-link when no address contains it.
+    pub gateway6: Option<std::net::Ipv6Addr>,
+    /// Metric of the default routes.
+    pub metric: Option<u32>,
+    /// Further routes.
+    pub routes: Vec<Route>,
+    /// DHCP for IPv4.
+    pub dhcp4: bool,
+    /// DHCP for IPv6.
+    pub dhcp6: bool,
+    /// Accept router advertisements: `None` leaves the guest's default. networkd's is to accept them: without a router it waits some 12 s before
+    /// it calls a link configured (measured with 252), so an interface with static addresses only is better off with `Some(false)`.
+    pub accept_ra: Option<bool>,
+    /// MTU in bytes, 68..=65535 (1280 or more with IPv6).
+    pub mtu: Option<u16>,
+    /// Resolvers on this link only.
+    pub nameservers: Vec<IpAddr>,
+    /// Search domains on this link only.
+    pub search: Vec<Hostname>,
+}
+
+impl Interface {
+    /// An interface without anything but a name.
+    pub fn named(name: InterfaceName) -> Self {
+        Interface {
+            name,
+            mac: None,
+            addresses: Vec::new(),
+            gateway4: None,
+            gateway6: None,
+            metric: None,
+            routes: Vec::new(),
+            dhcp4: false,
+            dhcp6: false,
+            accept_ra: None,
+            mtu: None,
+            nameservers: Vec::new(),
+            search: Vec::new(),
+        }
+    }
+}
+
+/// An address with its prefix length (0..=32 or 0..=128).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cidr {
+    /// The address, host bits kept.
+    pub address: IpAddr,
+    /// Prefix length.
+    pub prefix: u8,
+}
+
+/// A static route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Destination network.
+    pub to: Cidr,
+    /// Next hop; `None` is a device route.
+    pub via: Option<IpAddr>,
+    /// Metric.
+    pub metric: Option<u32>,
+    /// The next hop is on the link although no address contains it.
+    pub on_link: bool,
+}
+
+/// The guest network configurations that can be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BackendKind {
+    /// netplan YAML.
+    Netplan,
+    /// NetworkManager keyfiles.
+    NetworkManager,
+    /// systemd-networkd units.
+    Networkd,
+    /// ifupdown's /etc/network/interfaces.
+    Ifupdown,
+}
+
+impl BackendKind {
+    /// The name used in documents, reports and the protocol.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendKind::Netplan => "netplan",
+            BackendKind::NetworkManager => "network-manager",
+            BackendKind::Networkd => "networkd",
+            BackendKind::Ifupdown => "ifupdown",
+        }
+    }
+}

