@@ -31,8 +31,8 @@
 //!
 //! # Reading order
 //!
-//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], `manifest`; [`target`], [`disk`], [`mapping`]; `store`,
-//! `source`, [`host`]; `api`, `server`, `config`.
+//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], [`manifest`]; [`target`], [`disk`], [`mapping`]; `store`,
+//! [`source`], [`host`]; `api`, `server`, `config`.
 
 #![deny(unsafe_code, missing_docs)]
 
@@ -42,10 +42,12 @@ pub mod ext4;
 pub mod fs;
 pub mod guest;
 pub mod host;
+pub mod manifest;
 pub mod mapping;
 pub mod names;
 pub mod progress;
 pub mod proto;
+pub mod source;
 pub mod target;
 pub mod tree;
 pub mod units;
