@@ -24,18 +24,20 @@
 //!   [`target`] writes to a volume. `unsafe` is in `host::sys` only.
 //! - A guest's path ([`names::GuestPath`]) never becomes a path of the host. The only filesystems that are ever mounted were made by mkfs on this host a moment
 //!   ago, in the private mount namespace of a child.
-//! - Golden images are immutable, named by the hash of everything that decides their bytes (`store::records::GoldenSpec`).
+//! - Golden images are immutable, named by the hash of everything that decides their bytes ([`store::records::GoldenSpec`]).
 //! - Identities are inputs, derived (UUIDv5) or given; only the seed of SSH host keys and render ids are drawn, at the edge.
 //! - A volume is absent, staged under a temporary name, or complete and durable.
 //! - A dropped call stops nothing. Cancel is explicit, and what it leaves behind is nothing.
 //!
 //! # Reading order
 //!
-//! [`error`], [`names`], [`units`]; `spec`, `render`; [`tree`], [`fs`], [`ext4`]; [`guest`], [`manifest`]; [`target`], [`disk`], [`mapping`]; `store`,
-//! [`source`], [`host`]; `api`, `server`, `config`.
+//! [`error`], [`names`], [`units`]; [`spec`], [`render`]; [`tree`], [`fs`], [`ext4`]; [`guest`], [`manifest`]; [`target`], [`disk`], [`mapping`]; [`store`],
+//! [`source`], [`host`]; [`api`], [`server`], [`config`].
 
 #![deny(unsafe_code, missing_docs)]
 
+pub mod api;
+pub mod config;
 pub mod disk;
 pub mod error;
 pub mod ext4;
@@ -47,7 +49,12 @@ pub mod mapping;
 pub mod names;
 pub mod progress;
 pub mod proto;
+pub mod render;
+pub mod server;
 pub mod source;
+pub mod spec;
+pub mod store;
 pub mod target;
+pub mod telemetry;
 pub mod tree;
 pub mod units;

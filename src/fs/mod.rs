@@ -6,6 +6,7 @@
 //! device that only a child in its own mount namespace ever sees (`mounted`). Nothing a guest has written to is ever mounted.
 
 pub mod edit;
+pub mod mounted;
 pub mod patch;
 
 use std::{fs::File, sync::Arc};

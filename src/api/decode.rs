@@ -1,0 +1,322 @@
+//! Requests as values of the daemon: every field is parsed here and an error names it; cross-field rules are `guest::validate`'s.
+
+use std::{net::IpAddr, str::FromStr};
+
+use serde_json::{Map, Value, json};
+
+use crate::{
+    disk::Layout,
+    error::{Error, Result, Stage},
+    fs::{FsKind, Profile},
+    guest::{
+        self,
+        config::{AuthorizedKeys, BackendKind, Cidr, HostKeys, InjectedFile, InstanceConfig, Interface, Network, Route, Secret},
+    },
+    names::{Digest, GuestPath, InstanceName},
+    proto,
+    spec::{GoldenOptions, RenderSpec},
+    target::VolumeFormat,
+    units::{PATCH_BLOCK, round_up},
+};
+
+fn parsed<T: FromStr<Err = String>>(field: &str, text: &str) -> Result<T> {
+    if text.is_empty() {
+        return Err(Error::field(Stage::Request, field, "is required"));
+    }
+    text.parse().map_err(|why: String| Error::field(Stage::Request, field, why))
+}
+
+fn optional<T: FromStr<Err = String>>(field: &str, text: &str) -> Result<Option<T>> {
+    if text.is_empty() { Ok(None) } else { parsed(field, text).map(Some) }
+}
+
+fn address<T: FromStr>(field: &str, text: &str) -> Result<T> {
+    text.parse().map_err(|_| Error::field(Stage::Request, field, format!("{text:?} is not an IP address of the kind that is meant here")))
+}
+
+fn list<T, U>(field: &str, items: &[T], decode: impl Fn(&str, &T) -> Result<U>) -> Result<Vec<U>> {
+    items.iter().enumerate().map(|(index, item)| decode(&format!("{field}[{index}]"), item)).collect()
+}
+
+/// A render spec; fields are named as in the request, from `spec.`.
+pub fn render_spec(spec: Option<proto::RenderSpec>) -> Result<RenderSpec> {
+    let spec = spec.ok_or_else(|| Error::field(Stage::Request, "spec", "is required"))?;
+    let volume = spec.volume.clone().ok_or_else(|| Error::field(Stage::Request, "spec.volume", "is required"))?;
+    if spec.image_id.is_empty() {
+        return Err(Error::field(Stage::Request, "spec.image_id", "is required"));
+    }
+    let message = spec.instance.clone().ok_or_else(|| Error::field(Stage::Request, "spec.instance", "is required"))?;
+    let instance = instance("spec.instance", &message)?;
+    guest::validate::validate(&instance).map_err(|error| error.under_field("spec.instance"))?;
+    let format = match proto::VolumeFormat::try_from(spec.format) {
+        Ok(proto::VolumeFormat::Unspecified) => None,
+        Ok(proto::VolumeFormat::Raw) => Some(VolumeFormat::Raw),
+        Ok(proto::VolumeFormat::Qcow2Overlay) => Some(VolumeFormat::Qcow2Overlay),
+        Ok(proto::VolumeFormat::Qcow2) => Some(VolumeFormat::Qcow2),
+        Ok(proto::VolumeFormat::Block) => Some(VolumeFormat::Block),
+        Ok(proto::VolumeFormat::Loop) => Some(VolumeFormat::Loop),
+        Err(_) => return Err(Error::field(Stage::Request, "spec.format", format!("{} is not a format", spec.format))),
+    };
+    Ok(RenderSpec {
+        pool: parsed("spec.volume.pool", &volume.pool)?,
+        volume: parsed("spec.volume.name", &volume.name)?,
+        golden: golden_options(spec.golden.clone(), "spec.golden")?,
+        size_bytes: (spec.size_bytes > 0).then(|| round_up(spec.size_bytes, PATCH_BLOCK)),
+        overwrite: spec.overwrite,
+        format,
+        canonical: canonical(&spec, &message, &instance),
+        image_id: spec.image_id,
+        instance,
+    })
+}
+
+/// Options of a golden image; `field` is where they stand in the request.
+pub fn golden_options(options: Option<proto::GoldenOptions>, field: &str) -> Result<GoldenOptions> {
+    let options = options.unwrap_or_default();
+    let word = |text: &str| (!text.is_empty()).then(|| json!(text));
+    let filesystem = word(&options.filesystem).map(serde_json::from_value::<FsKind>).transpose();
+    let profile = word(&options.profile).map(serde_json::from_value::<Profile>).transpose();
+    Ok(GoldenOptions {
+        filesystem: filesystem.map_err(|_| {
+            Error::field(Stage::Request, format!("{field}.filesystem"), format!("{:?} is not ext4, xfs or btrfs", options.filesystem))
+        })?,
+        profile: profile.map_err(|_| {
+            Error::field(Stage::Request, format!("{field}.profile"), format!("{:?} is not modern, grub206 or compat", options.profile))
+        })?,
+        layout: match proto::DiskLayout::try_from(options.layout) {
+            Ok(proto::DiskLayout::Unspecified) => None,
+            Ok(proto::DiskLayout::Bare) => Some(Layout::Bare),
+            Ok(proto::DiskLayout::Gpt) => Some(Layout::Gpt),
+            Err(_) => return Err(Error::field(Stage::Request, format!("{field}.layout"), format!("{} is not a layout", options.layout))),
+        },
+        size_bytes: (options.size_bytes > 0).then_some(options.size_bytes),
+    })
+}
+
+fn instance(field: &str, message: &proto::InstanceConfig) -> Result<InstanceConfig> {
+    let name: InstanceName = parsed(&format!("{field}.name"), &message.name)?;
+    if !message.config_json.is_empty() {
+        let alone = proto::InstanceConfig { name: message.name.clone(), config_json: message.config_json.clone(), ..Default::default() };
+        if *message != alone {
+            return Err(Error::field(Stage::Request, format!("{field}.config_json"), "is exclusive with all other fields but name"));
+        }
+        let decoded = guest::decode::from_json(message.config_json.as_bytes(), Some(&name))
+            .map_err(|error| error.under_field(&format!("{field}.config_json")))?;
+        return Ok(decoded.config);
+    }
+    let at = |rest: &str| format!("{field}.{rest}");
+    let secret = |text: &str| (!text.is_empty()).then(|| Secret::new(text));
+    Ok(InstanceConfig {
+        hostname: optional(&at("hostname"), &message.hostname)?,
+        args: message.args.as_ref().map(struct_of).unwrap_or_default(),
+        network: message.network.as_ref().map(|message| network(&at("network"), message)).transpose()?,
+        authorized_keys: list(&at("authorized_keys"), &message.authorized_keys, |_, keys| {
+            let user = if keys.user.is_empty() { "root".to_owned() } else { keys.user.clone() };
+            Ok(AuthorizedKeys { user, keys: keys.keys.clone() })
+        })?,
+        root_password_hash: secret(&message.root_password_hash),
+        machine_id: (!message.machine_id.is_empty()).then(|| message.machine_id.clone()),
+        ssh_host_keys: match message.ssh_host_keys() {
+            proto::HostKeyPolicy::Unspecified | proto::HostKeyPolicy::Fresh => HostKeys::Fresh,
+            proto::HostKeyPolicy::Remove => HostKeys::Remove,
+            proto::HostKeyPolicy::Keep => HostKeys::Keep,
+        },
+        files: list(&at("files"), &message.files, file)?,
+        instance: name,
+    })
+}
+
+fn file(field: &str, message: &proto::InjectedFile) -> Result<InjectedFile> {
+    let path = GuestPath::new(&message.path).map_err(|why| Error::field(Stage::Request, format!("{field}.path"), why))?;
+    let mode = match message.mode {
+        0 => 0o644,
+        mode if mode <= 0o7777 => mode as u16,
+        mode => return Err(Error::field(Stage::Request, format!("{field}.mode"), format!("{mode:o} (octal) is more than 7777"))),
+    };
+    Ok(InjectedFile { path, content: Secret::new(message.content.clone()), mode, uid: message.uid, gid: message.gid })
+}
+
+fn network(field: &str, message: &proto::Network) -> Result<Network> {
+    let backend = match message.backend.as_str() {
+        "" => None,
+        name => {
+            let kinds = [BackendKind::Netplan, BackendKind::NetworkManager, BackendKind::Networkd, BackendKind::Ifupdown];
+            let found = kinds.into_iter().find(|kind| kind.name() == name);
+            let wrong = || {
+                Error::field(Stage::Request, format!("{field}.backend"), format!("{name:?} is not netplan, network-manager, networkd or ifupdown"))
+            };
+            Some(found.ok_or_else(wrong)?)
+        }
+    };
+    Ok(Network {
+        interfaces: list(&format!("{field}.interfaces"), &message.interfaces, interface)?,
+        nameservers: list(&format!("{field}.nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,
+        search: list(&format!("{field}.search"), &message.search, |field, text| parsed(field, text))?,
+        backend,
+    })
+}
+
+fn interface(field: &str, message: &proto::Interface) -> Result<Interface> {
+    let at = |rest: &str| format!("{field}.{rest}");
+    let gateway = |name: &str, text: &str| (!text.is_empty()).then(|| (at(name), text.to_owned()));
+    let mtu = u16::try_from(message.mtu).map_err(|_| Error::field(Stage::Request, at("mtu"), format!("{} is more than 65535", message.mtu)))?;
+    Ok(Interface {
+        name: parsed(&at("name"), &message.name)?,
+        mac: optional(&at("mac"), &message.mac)?,
+        addresses: list(&at("addresses"), &message.addresses, |field, text| cidr(field, text))?,
+        gateway4: gateway("gateway4", &message.gateway4).map(|(field, text)| address(&field, &text)).transpose()?,
+        gateway6: gateway("gateway6", &message.gateway6).map(|(field, text)| address(&field, &text)).transpose()?,
+        metric: message.metric,
+        routes: list(&at("routes"), &message.routes, |field, route| {
+            Ok(Route {
+                to: cidr(&format!("{field}.to"), if route.to == "default" { "0.0.0.0/0" } else { &route.to })?,
+                via: if route.via.is_empty() { None } else { Some(address(&format!("{field}.via"), &route.via)?) },
+                metric: route.metric,
+                on_link: route.on_link,
+            })
+        })?,
+        dhcp4: message.dhcp4,
+        dhcp6: message.dhcp6,
+        accept_ra: message.accept_ra,
+        mtu: (mtu > 0).then_some(mtu),
+        nameservers: list(&at("nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,
+        search: list(&at("search"), &message.search, |field, text| parsed(field, text))?,
+    })
+}
+
+fn cidr(field: &str, text: &str) -> Result<Cidr> {
+    let wrong = || Error::field(Stage::Request, field, format!("{text:?} is not an address with a prefix length, such as 192.0.2.10/24"));
+    let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
+    let address: IpAddr = address.parse().map_err(|_| wrong())?;
+    let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
+    let max = if address.is_ipv4() { 32 } else { 128 };
+    if prefix > max {
+        return Err(Error::field(Stage::Request, field, format!("{text:?} has prefix length {prefix}, the limit is {max}")));
+    }
+    Ok(Cidr { address, prefix })
+}
+
+/// A protobuf Struct as JSON. Its numbers are doubles: those that are whole become integers again, as the manifest's schema means them.
+fn struct_of(message: &prost_types::Struct) -> Map<String, Value> {
+    message.fields.iter().map(|(name, value)| (name.clone(), value_of(value))).collect()
+}
+
+fn value_of(value: &prost_types::Value) -> Value {
+    use prost_types::value::Kind;
+    match &value.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(value)) => Value::Bool(*value),
+        // 2^53: beyond it a double no longer holds every integer.
+        Some(Kind::NumberValue(number)) if number.fract() == 0.0 && number.abs() <= 9_007_199_254_740_992.0 => json!(*number as i64),
+        Some(Kind::NumberValue(number)) => json!(number),
+        Some(Kind::StringValue(text)) => Value::String(text.clone()),
+        Some(Kind::StructValue(value)) => Value::Object(struct_of(value)),
+        Some(Kind::ListValue(list)) => Value::Array(list.values.iter().map(value_of).collect()),
+    }
+}
+
+/// The request for comparing: all that matters, secrets as digests, documents as digests of their text.
+fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance: &InstanceConfig) -> Value {
+    let hidden = |bytes: &[u8]| if bytes.is_empty() { Value::Null } else { json!(Digest::of(bytes)) };
+    let files: Vec<Value> = instance
+        .files
+        .iter()
+        .map(|file| json!({"path": file.path.to_string(), "content": hidden(file.content.expose()), "mode": file.mode, "uid": file.uid, "gid": file.gid}))
+        .collect();
+    let keys: Vec<Value> = message.authorized_keys.iter().map(|keys| json!({"user": keys.user, "keys": keys.keys})).collect();
+    json!({"spec": {
+        "image_id": spec.image_id,
+        "volume": spec.volume.as_ref().map(|volume| json!({"pool": volume.pool, "name": volume.name})),
+        "format": spec.format,
+        "size_bytes": spec.size_bytes,
+        "overwrite": spec.overwrite,
+        "cmdline": spec.cmdline,
+        "golden": spec.golden.as_ref().map(|golden| json!({
+            "filesystem": golden.filesystem, "layout": golden.layout, "size_bytes": golden.size_bytes, "profile": golden.profile,
+        })),
+        "instance": {
+            "name": message.name,
+            "hostname": message.hostname,
+            // Args may be secret by the manifest, which is not known here: they are compared without being kept.
+            "args": message.args.as_ref().map(|args| struct_of(args).into_iter().map(|(name, value)| (name, hidden(value.to_string().as_bytes()))).collect::<Map<_, _>>()),
+            "network": message.network.as_ref().map(|network| json!({
+                "interfaces": network.interfaces.iter().map(|interface| format!("{interface:?}")).collect::<Vec<_>>(),
+                "nameservers": network.nameservers,
+                "search": network.search,
+                "backend": network.backend,
+            })),
+            "authorized_keys": keys,
+            "root_password_hash": hidden(message.root_password_hash.as_bytes()),
+            "machine_id": message.machine_id,
+            "ssh_host_keys": message.ssh_host_keys,
+            "files": files,
+            "config_json": hidden(message.config_json.as_bytes()),
+        },
+    }})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    fn spec() -> proto::RenderSpec {
+        proto::RenderSpec {
+            image_id: "img-0".into(),
+            volume: Some(proto::VolumeRef { pool: "default".into(), name: "web1".into() }),
+            instance: Some(proto::InstanceConfig {
+                name: "web1".into(),
+                root_password_hash: "$6$abcdefgh$".to_owned() + &"x".repeat(86),
+                network: Some(proto::Network {
+                    interfaces: vec![proto::Interface { name: "eth0".into(), addresses: vec!["192.0.2.10/24".into()], ..Default::default() }],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn wrong_fields_are_named_by_their_path() {
+        type Break = fn(&mut proto::RenderSpec);
+        let cases: [(&str, Break); 8] = [
+            ("spec.image_id", |spec| spec.image_id.clear()),
+            ("spec.volume", |spec| spec.volume = None),
+            ("spec.volume.name", |spec| spec.volume.as_mut().expect("set").name = "../etc".into()),
+            ("spec.instance.name", |spec| spec.instance.as_mut().expect("set").name = "a/b".into()),
+            ("spec.instance.hostname", |spec| spec.instance.as_mut().expect("set").hostname = "a\nb".into()),
+            ("spec.format", |spec| spec.format = 99),
+            ("spec.golden.filesystem", |spec| spec.golden = Some(proto::GoldenOptions { filesystem: "zfs".into(), ..Default::default() })),
+            ("spec.instance.network.interfaces[0].addresses[0]", |spec| {
+                let network = spec.instance.as_mut().expect("set").network.as_mut().expect("set");
+                network.interfaces[0].addresses[0] = "192.0.2.10/33".into();
+            }),
+        ];
+        for (field, break_it) in cases {
+            let mut wrong = spec();
+            break_it(&mut wrong);
+            let error = render_spec(Some(wrong)).expect_err(field);
+            assert_eq!(error.kind(), Kind::InvalidRequest);
+            assert_eq!(error.violations()[0].field, field);
+        }
+        assert!(render_spec(Some(spec())).is_ok());
+    }
+
+    #[test]
+    fn the_kept_form_holds_no_secret_and_sees_every_change() {
+        let one = render_spec(Some(spec())).expect("valid");
+        assert!(!one.canonical.to_string().contains("$6$"), "{}", one.canonical);
+        let mut other = spec();
+        other.instance.as_mut().expect("set").root_password_hash.replace_range(12..13, "y");
+        let other = render_spec(Some(other)).expect("valid");
+        assert_eq!(crate::spec::first_difference(&one.canonical, &other.canonical).as_deref(), Some("spec.instance.root_password_hash"));
+    }
+
+    #[test]
+    fn whole_numbers_stay_integers() {
+        let number = |number| prost_types::Value { kind: Some(prost_types::value::Kind::NumberValue(number)) };
+        assert_eq!(value_of(&number(8080.0)), json!(8080));
+        assert_eq!(value_of(&number(0.5)), json!(0.5));
+    }
+}

@@ -1,0 +1,85 @@
+//! HostService.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use crate::{
+    api::encode,
+    error::{Result, Stage},
+    fs::FsKind,
+    host::info::{Hypervisor, space},
+    proto::{self, host_service_server::HostService},
+    render::{Engine, blocking},
+    target::{Place, Pool, VolumeFormat},
+};
+
+/// The service over the engine.
+pub struct Hosts(pub Arc<Engine>);
+
+fn pool_info(pool: &Pool) -> proto::PoolInfo {
+    match &pool.place {
+        Place::Directory { path } => {
+            // A pool that is not there (not mounted yet) shows up with no space instead of failing the whole answer.
+            let space = space(path).ok();
+            proto::PoolInfo {
+                name: pool.name.to_string(),
+                kind: "directory".to_owned(),
+                path: path.to_string_lossy().into_owned(),
+                total_bytes: space.map_or(0, |space| space.total_bytes),
+                free_bytes: space.map_or(0, |space| space.available_bytes),
+                formats: [VolumeFormat::Raw, VolumeFormat::Qcow2Overlay, VolumeFormat::Qcow2, VolumeFormat::Loop]
+                    .map(|format| encode::format(format) as i32)
+                    .to_vec(),
+                devices: Vec::new(),
+            }
+        }
+        Place::Devices { directory, allow } => proto::PoolInfo {
+            name: pool.name.to_string(),
+            kind: "devices".to_owned(),
+            path: directory.to_string_lossy().into_owned(),
+            total_bytes: 0,
+            free_bytes: 0,
+            formats: vec![encode::format(VolumeFormat::Block) as i32],
+            devices: allow.clone(),
+        },
+    }
+}
+
+#[tonic::async_trait]
+impl HostService for Hosts {
+    async fn get_host_info(&self, _request: Request<proto::GetHostInfoRequest>) -> Result<Response<proto::GetHostInfoResponse>, Status> {
+        let engine = Arc::clone(&self.0);
+        let response = blocking(Stage::Host, move || {
+            let host = engine.host_info()?;
+            let (renders_running, renders_queued) = engine.load();
+            let filesystems = [FsKind::Ext4, FsKind::Xfs, FsKind::Btrfs].into_iter().filter(|kind| engine.filesystem_works(*kind, &host));
+            Ok(proto::GetHostInfoResponse {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                filesystems: filesystems.map(|kind| kind.name().to_owned()).collect(),
+                hypervisors: match host.hypervisor {
+                    Hypervisor::Xen => vec!["xen".to_owned()],
+                    Hypervisor::Kvm => vec!["kvm".to_owned()],
+                    Hypervisor::None => Vec::new(),
+                },
+                kernel: host.kernel.clone(),
+                arch: host.arch.clone(),
+                pools: engine.pools.values().map(pool_info).collect(),
+                tools: host
+                    .tools
+                    .iter()
+                    .map(|tool| proto::Tool {
+                        name: tool.name.clone(),
+                        path: tool.path.to_string_lossy().into_owned(),
+                        version: tool.version.clone(),
+                    })
+                    .collect(),
+                state_directory: engine.store.dir().to_string_lossy().into_owned(),
+                state_free_bytes: space(engine.store.dir()).map_or(0, |space| space.available_bytes),
+                renders_running,
+                renders_queued,
+            })
+        });
+        Ok(Response::new(response.await?))
+    }
+}

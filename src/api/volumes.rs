@@ -1,0 +1,86 @@
+//! VolumeService.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use crate::{
+    api::{Page, encode},
+    error::{Error, Kind, Result, Stage},
+    mapping::{self, Bus},
+    names::{PoolName, VolumeName},
+    proto::{self, volume_service_server::VolumeService},
+    render::{Engine, blocking},
+};
+
+/// The service over the engine.
+pub struct Volumes(pub Arc<Engine>);
+
+fn names(volume: Option<proto::VolumeRef>) -> Result<(PoolName, VolumeName)> {
+    let volume = volume.ok_or_else(|| Error::field(Stage::Request, "volume", "is required"))?;
+    Ok((
+        volume.pool.parse().map_err(|why: String| Error::field(Stage::Request, "volume.pool", why))?,
+        volume.name.parse().map_err(|why: String| Error::field(Stage::Request, "volume.name", why))?,
+    ))
+}
+
+fn bus_of(text: &str) -> Result<Bus> {
+    match text {
+        "" | "virtio" => Ok(Bus::Virtio),
+        "xen" => Ok(Bus::Xen),
+        "scsi" => Ok(Bus::Scsi),
+        other => Err(Error::field(Stage::Request, "bus", format!("{other:?} is not xen, virtio or scsi"))),
+    }
+}
+
+#[tonic::async_trait]
+impl VolumeService for Volumes {
+    async fn list_volumes(&self, request: Request<proto::ListVolumesRequest>) -> Result<Response<proto::ListVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let page = Page::new(request.page_size, &request.page_token)?;
+        let pool = (!request.pool.is_empty()).then_some(request.pool.as_str());
+        if let Some(pool) = pool {
+            self.0.pool(&pool.parse().map_err(|why: String| Error::field(Stage::Request, "pool", why))?)?;
+        }
+        let (records, next_page_token) = page.cut(self.0.store.catalog.volumes(pool, page.limit(), page.offset)?);
+        let volumes = records.iter().map(encode::volume).collect();
+        Ok(Response::new(proto::ListVolumesResponse { volumes, next_page_token }))
+    }
+
+    async fn get_mapping(&self, request: Request<proto::GetMappingRequest>) -> Result<Response<proto::GetMappingResponse>, Status> {
+        let request = request.into_inner();
+        let bus = bus_of(&request.bus)?;
+        let catalog = &self.0.store.catalog;
+        let (found, what) = match (request.volume, request.render_id.as_str()) {
+            (Some(_), id) if !id.is_empty() => return Err(Error::field(Stage::Request, "render_id", "is exclusive with volume").into()),
+            (None, id) if !id.is_empty() => (catalog.volume_of_render(id)?, id.to_owned()),
+            (volume, _) => {
+                let (pool, name) = names(volume)?;
+                (catalog.volume(pool.as_str(), name.as_str())?, format!("{pool}/{name}"))
+            }
+        };
+        let record =
+            found.ok_or_else(|| Error::new(Kind::NotFound, Stage::Report, what, "there is no such volume").with_reason("VOLUME_NOT_FOUND"))?;
+        let mapping = &record.mapping;
+        Ok(Response::new(proto::GetMappingResponse {
+            libvirt_xml: mapping::libvirt::disks(mapping, bus)?,
+            xl_disks: mapping
+                .devices
+                .iter()
+                .enumerate()
+                .map(|(index, device)| mapping::xl::disk_line(device, index, Bus::Xen))
+                .collect::<Result<_>>()?,
+            qemu_args: mapping::qemu::arguments(mapping, bus)?,
+            ec2_json: mapping::ec2::document(mapping, bus)?.to_string(),
+            mapping_json: encode::mapping_json(mapping)?,
+            mapping: Some(encode::mapping(mapping)),
+        }))
+    }
+
+    async fn delete_volume(&self, request: Request<proto::DeleteVolumeRequest>) -> Result<Response<proto::DeleteVolumeResponse>, Status> {
+        let (pool, name) = names(request.into_inner().volume)?;
+        let engine = Arc::clone(&self.0);
+        let deleted = blocking(Stage::Target, move || engine.delete_volume(&pool, &name)).await?;
+        Ok(Response::new(proto::DeleteVolumeResponse { deleted }))
+    }
+}

@@ -1,0 +1,328 @@
+//! The configuration file: TOML, every key with a default and a unit, unknown keys refused, everything cross-checked before a socket is bound.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+use crate::{
+    disk::Layout,
+    error::{Error, Kind, Result, Stage},
+    fs::FsKind,
+    names::PoolName,
+    target::{Place, Pool},
+    units::{Bytes, GIB, MIB},
+};
+
+/// Where state is kept when neither file nor flag says.
+pub const STATE_DIR_DEFAULT: &str = "/var/lib/cloudletd";
+/// Where the daemon listens when neither file nor flag says.
+pub const SOCKET_DEFAULT: &str = "/run/cloudletd/cloudletd.sock";
+/// What `listen.tcp_without_tls` has to say, word for word.
+pub const TCP_WITHOUT_TLS_CONSENT: &str = "anybody who reaches this port controls this host";
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Directory of catalogue, blobs and golden images. Absolute.
+    pub state_dir: PathBuf,
+    /// Sockets.
+    pub listen: Listen,
+    /// Pools that volumes live in. Default: one directory pool named `default` in `STATE_DIR/volumes`.
+    #[serde(rename = "pool")]
+    pub pools: Vec<PoolConfig>,
+    /// Fetching root filesystems.
+    pub fetch: Fetch,
+    /// Golden images.
+    pub golden: Golden,
+    /// Limits on what runs and waits.
+    pub limits: Limits,
+}
+
+/// Sockets and who may call.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Listen {
+    /// Path of the unix socket; absolute.
+    pub unix: PathBuf,
+    /// Users that may call on the unix socket. Root always may.
+    pub allow_uids: BTreeSet<u32>,
+    /// Groups (primary group of the caller) that may call on the unix socket.
+    pub allow_gids: BTreeSet<u32>,
+    /// Address and port to listen on besides, e.g. `127.0.0.1:7443`. Default: none.
+    pub tcp: Option<std::net::SocketAddr>,
+    /// Certificates for `tcp`.
+    pub tls: Option<Tls>,
+    /// Consent to `tcp` without `tls`; has to be the sentence of the documentation.
+    pub tcp_without_tls: Option<String>,
+}
+
+/// Mutual TLS.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// PEM file with the server's certificate chain.
+    pub certificate: PathBuf,
+    /// PEM file with its key.
+    pub key: PathBuf,
+    /// PEM file with the authorities whose clients may call.
+    pub client_ca: PathBuf,
+}
+
+/// A pool as it is configured.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum PoolConfig {
+    /// Volumes are files of a directory.
+    Directory {
+        /// Name that requests use.
+        name: PoolName,
+        /// Absolute path; made at start (0750) when it is missing.
+        path: PathBuf,
+    },
+    /// Volumes are block devices that exist.
+    Devices {
+        /// Name that requests use.
+        name: PoolName,
+        /// Directory with the nodes or links, e.g. `/dev/vg0`.
+        path: PathBuf,
+        /// Shell-style patterns of the names that may be written. At least one.
+        allow: Vec<String>,
+    },
+}
+
+/// Fetching root filesystems.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Fetch {
+    /// Directories that `file://` URLs may name files below. Default: none.
+    pub file_roots: Vec<PathBuf>,
+    /// URL schemes that may be used, besides file.
+    pub schemes: BTreeSet<String>,
+    /// Hosts that may be asked (exact names, or `*.example.com`). Default: every host.
+    pub allow_hosts: Vec<String>,
+    /// Whether loopback, link-local and private addresses may be asked.
+    pub allow_private_addresses: bool,
+    /// Largest tarball, bytes as transferred.
+    pub max_size: Bytes,
+    /// Seconds without a byte before a transfer counts as stalled.
+    pub idle_timeout_secs: u64,
+    /// Seconds for the whole transfer, retries included.
+    pub total_timeout_secs: u64,
+    /// Attempts per transfer.
+    pub attempts: u32,
+    /// Mirrors: URLs with this prefix are fetched from these instead, in order.
+    #[serde(rename = "mirror")]
+    pub mirrors: Vec<Mirror>,
+}
+
+/// A rewrite rule.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mirror {
+    /// URL prefix that is replaced.
+    pub prefix: String,
+    /// What it is replaced with, tried in order.
+    pub replace: Vec<String>,
+}
+
+/// Defaults of golden images.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Golden {
+    /// Size of a golden disk when neither manifest nor request says. Sparse: costs what is in it.
+    pub size: Bytes,
+    /// Filesystem when neither manifest nor request says.
+    pub filesystem: FsKind,
+    /// Layout when neither manifest nor request says.
+    pub layout: Layout,
+    /// Largest golden disk.
+    pub max_size: Bytes,
+}
+
+/// Limits on what runs and waits.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Renders that write volumes at the same time.
+    pub concurrent_renders: usize,
+    /// Golden images built at the same time.
+    pub concurrent_builds: usize,
+    /// Root filesystems fetched at the same time.
+    pub concurrent_fetches: usize,
+    /// Renders that may wait or run; more are refused with RESOURCE_EXHAUSTED.
+    pub queued_renders: usize,
+    /// Largest volume.
+    pub volume_max_size: Bytes,
+    /// Seconds that running renders get to finish after SIGTERM.
+    pub drain_timeout_secs: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            state_dir: STATE_DIR_DEFAULT.into(),
+            listen: Listen::default(),
+            pools: Vec::new(),
+            fetch: Fetch::default(),
+            golden: Golden::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Listen { unix: SOCKET_DEFAULT.into(), allow_uids: BTreeSet::new(), allow_gids: BTreeSet::new(), tcp: None, tls: None, tcp_without_tls: None }
+    }
+}
+
+impl Default for Fetch {
+    fn default() -> Self {
+        Fetch {
+            file_roots: Vec::new(),
+            schemes: ["http", "https"].map(String::from).into(),
+            allow_hosts: Vec::new(),
+            allow_private_addresses: false,
+            max_size: Bytes(16 * GIB),
+            idle_timeout_secs: 30,
+            total_timeout_secs: 3600,
+            attempts: 5,
+            mirrors: Vec::new(),
+        }
+    }
+}
+
+impl Default for Golden {
+    fn default() -> Self {
+        Golden { size: Bytes(4 * GIB), filesystem: FsKind::Ext4, layout: Layout::Bare, max_size: Bytes(1024 * GIB) }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            concurrent_renders: 8,
+            concurrent_builds: 2,
+            concurrent_fetches: 4,
+            queued_renders: 4096,
+            volume_max_size: Bytes(16 * 1024 * GIB),
+            drain_timeout_secs: 60,
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Config> {
+        let text =
+            std::fs::read_to_string(path).map_err(|error| Error::io(Stage::Config, path.display().to_string(), "read the configuration", error))?;
+        Config::parse(&text).map_err(|error| {
+            Error::new(error.kind(), Stage::Config, path.display().to_string(), error.message().to_owned()).with_reason("BAD_CONFIG")
+        })
+    }
+
+    /// Reads and checks the text of a file.
+    pub fn parse(text: &str) -> Result<Config> {
+        let config: Config = toml::from_str(text)
+            .map_err(|error| Error::new(Kind::InvalidRequest, Stage::Config, "", error.to_string().trim_end().replace('\n', "; ")))?;
+        config.checked()
+    }
+
+    /// Fills in what depends on other keys and refuses what does not fit together.
+    pub fn checked(mut self) -> Result<Config> {
+        let wrong = |field: &str, why: String| Err(Error::field(Stage::Config, field, format!("{field}: {why}")));
+        if self.pools.is_empty() {
+            let name: PoolName = "default".parse().map_err(|why: String| Error::internal(Stage::Config, "default", why))?;
+            self.pools.push(PoolConfig::Directory { name, path: self.state_dir.join("volumes") });
+        }
+        if !self.state_dir.is_absolute() {
+            return wrong("state_dir", format!("{:?} is not an absolute path", self.state_dir));
+        }
+        if !self.listen.unix.is_absolute() {
+            return wrong("listen.unix", format!("{:?} is not an absolute path", self.listen.unix));
+        }
+        if self.listen.tcp.is_some() && self.listen.tls.is_none() && self.listen.tcp_without_tls.as_deref() != Some(TCP_WITHOUT_TLS_CONSENT) {
+            return wrong("listen.tcp", format!("needs listen.tls, or listen.tcp_without_tls = {TCP_WITHOUT_TLS_CONSENT:?}"));
+        }
+        let mut names = BTreeSet::new();
+        for (index, pool) in self.pools.iter().enumerate() {
+            let (name, path) = match pool {
+                PoolConfig::Directory { name, path } => (name, path),
+                PoolConfig::Devices { name, path, allow } => {
+                    if allow.is_empty() {
+                        return wrong(&format!("pool[{index}].allow"), "names no device; nothing could ever be written".into());
+                    }
+                    (name, path)
+                }
+            };
+            if !names.insert(name.clone()) {
+                return wrong(&format!("pool[{index}].name"), format!("{name} is there twice"));
+            }
+            if !path.is_absolute() {
+                return wrong(&format!("pool[{index}].path"), format!("{path:?} is not an absolute path"));
+            }
+        }
+        for (index, root) in self.fetch.file_roots.iter().enumerate() {
+            if !root.is_absolute() {
+                return wrong(&format!("fetch.file_roots[{index}]"), format!("{root:?} is not an absolute path"));
+            }
+        }
+        if self.golden.size.0 < 16 * MIB || self.golden.size > self.golden.max_size {
+            return wrong("golden.size", format!("{} is not between 16 MiB and golden.max_size ({})", self.golden.size, self.golden.max_size));
+        }
+        for (field, value) in [
+            ("limits.concurrent_renders", self.limits.concurrent_renders),
+            ("limits.concurrent_builds", self.limits.concurrent_builds),
+            ("limits.concurrent_fetches", self.limits.concurrent_fetches),
+            ("limits.queued_renders", self.limits.queued_renders),
+        ] {
+            if value == 0 || value > 1 << 20 {
+                return wrong(field, format!("{value} is not between 1 and 1048576"));
+            }
+        }
+        Ok(self)
+    }
+
+    /// The pools as targets take them.
+    pub fn target_pools(&self) -> Vec<Pool> {
+        self.pools
+            .iter()
+            .map(|pool| match pool.clone() {
+                PoolConfig::Directory { name, path } => Pool { name, place: Place::Directory { path } },
+                PoolConfig::Devices { name, path, allow } => Pool { name, place: Place::Devices { directory: path, allow } },
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_configuration_at_all_is_usable() {
+        let config = Config::parse("").expect("defaults hold");
+        assert_eq!(config.pools.len(), 1);
+        assert_eq!(config.target_pools()[0].place, Place::Directory { path: "/var/lib/cloudletd/volumes".into() });
+    }
+
+    #[test]
+    fn unknown_keys_and_contradictions_are_named() {
+        for (text, want) in [
+            ("stat_dir = '/x'", "stat_dir"),
+            ("[listen]\ntcp = '127.0.0.1:1'", "listen.tcp"),
+            ("state_dir = 'relative'", "state_dir"),
+            ("[[pool]]\nname='a'\nkind='directory'\npath='/a'\n[[pool]]\nname='a'\nkind='directory'\npath='/b'", "pool[1].name"),
+            ("[[pool]]\nname='a'\nkind='devices'\npath='/dev'\nallow=[]", "pool[0].allow"),
+            ("[golden]\nsize='1 KiB'", "golden.size"),
+            ("[limits]\nconcurrent_renders=0", "limits.concurrent_renders"),
+        ] {
+            let error = Config::parse(text).expect_err(text);
+            assert!(error.chain().contains(want), "{text}: {}", error.chain());
+        }
+    }
+}

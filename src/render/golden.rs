@@ -1,0 +1,373 @@
+//! Golden images: built once per key, kept, shared.
+//!
+//! A build streams blob → decompress → tar → facts → filesystem into one sparse file in the store's `tmp`, adds the partition table, flushes, computes the
+//! digest and renames the directory to its place. Everything that decides its bytes is in [`GoldenSpec`], identities included: they are derived from the
+//! key, so every host makes the same bytes.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
+    sync::Arc,
+};
+
+use uuid::Uuid;
+
+use crate::{
+    disk::{DiskIds, DiskPlan, Layout, types},
+    error::{Error, Kind, Result, Stage},
+    fs::{BuildParams, BuiltFs, Filesystem, FsKind, Region},
+    guest::{facts::GuestFacts, watch::Watch},
+    host::info::HostInfo,
+    manifest::volatile::Volatile,
+    names::{Digest, GuestPath},
+    progress::Progress,
+    render::{Engine, LOADED_GOLDENS_MAX, blocking, fetch::Fetched, now_secs, resolve::Resolved},
+    spec::GoldenOptions,
+    store::{
+        Store, digest,
+        records::{GoldenRecord, GoldenSpec},
+        sync_dir,
+    },
+    target::GoldenDisk,
+    tree::{
+        archive,
+        collect::Collector,
+        decompress::{self, Compression},
+    },
+};
+
+/// Namespace of the identities of golden images (UUIDv5); drawn once, for good.
+const GOLDEN_NAMESPACE: Uuid = uuid::uuid!("5f0c9a86-2f0a-4f5e-9b1d-6a0a52c7d3f1");
+
+/// A golden image that is ready to be used: its row, its disk, its facts.
+#[derive(Debug)]
+pub struct LoadedGolden {
+    /// The row.
+    pub record: GoldenRecord,
+    /// The disk.
+    pub disk: GoldenDisk,
+    /// What the tree contains.
+    pub facts: GuestFacts,
+}
+
+/// The identities of a golden's own filesystem and disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GoldenIds {
+    /// Filesystem UUID.
+    pub filesystem: Uuid,
+    /// Seed of directory hashes.
+    pub hash_seed: Uuid,
+    /// The disk, from which the partitions' are derived.
+    pub disk: Uuid,
+}
+
+impl GoldenIds {
+    /// Derived from the golden's key.
+    pub fn of(key: &Digest) -> GoldenIds {
+        let id = |what: &str| Uuid::new_v5(&GOLDEN_NAMESPACE, format!("{what}:{}", key.hex()).as_bytes());
+        GoldenIds { filesystem: id("filesystem"), hash_seed: id("hash-seed"), disk: id("disk") }
+    }
+}
+
+/// The plan of a golden's disk, or of an instance's with another size and identity.
+pub fn disk_plan(spec: &GoldenSpec, size_bytes: u64, identity: Uuid) -> Result<DiskPlan> {
+    DiskPlan::new(spec.layout, size_bytes, types::root_of(&spec.arch), DiskIds::derived(identity))
+}
+
+/// The engine of a filesystem.
+pub fn filesystem(kind: FsKind) -> Box<dyn Filesystem> {
+    match kind {
+        FsKind::Ext4 => Box::new(crate::ext4::Ext4),
+        FsKind::Xfs | FsKind::Btrfs => Box::new(crate::fs::mounted::Mounted::new(kind)),
+    }
+}
+
+impl Engine {
+    /// Whether images with this filesystem can be made on this host: the kernel and the tools are there.
+    pub fn filesystem_works(&self, kind: FsKind, host: &HostInfo) -> bool {
+        match kind {
+            FsKind::Ext4 => true,
+            FsKind::Xfs => host.filesystems.iter().any(|name| name == "xfs") && host.tool("mkfs.xfs").is_some(),
+            FsKind::Btrfs => host.filesystems.iter().any(|name| name == "btrfs") && host.tool("mkfs.btrfs").is_some(),
+        }
+    }
+
+    /// The golden of a fetched image: from memory, from the store, or built now. `begin` is called before work that takes long.
+    pub async fn golden(self: &Arc<Self>, fetched: Fetched, progress: &Progress, begin: impl Fn()) -> Result<(Resolved, Arc<LoadedGolden>)> {
+        let key = fetched.golden.key();
+        if let Some(loaded) = self.loaded_golden(&key) {
+            return Ok((fetched.resolved, loaded));
+        }
+        let flight = self.builds.enter(&key).await;
+        progress.check()?;
+        let (engine, progress) = (Arc::clone(self), progress.clone());
+        let stored = blocking(Stage::Golden, move || engine.load_golden(key)).await?;
+        if let Some(loaded) = stored {
+            return Ok((fetched.resolved, loaded));
+        }
+        let permit = self.build_permits.acquire().await;
+        let _permit = permit.map_err(|error| Error::internal(Stage::Golden, "", "the build permits are closed").with_source(error))?;
+        progress.check()?;
+        begin();
+        let engine = Arc::clone(self);
+        blocking(Stage::Golden, move || {
+            // The flight is held until the golden can be found, even if whoever awaits this goes away.
+            let _flight = flight;
+            let begun = std::time::Instant::now();
+            let record = build(&engine.store, &fetched, &progress)?;
+            tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
+            engine.store.catalog.put_golden(record)?;
+            let loaded = engine.load_golden(key)?.ok_or_else(|| Error::internal(Stage::Golden, key.hex(), "was built and is not there"))?;
+            Ok((fetched.resolved, loaded))
+        })
+        .await
+    }
+
+    /// Whether the golden that these options mean is built already.
+    pub async fn is_built(self: &Arc<Self>, image_id: &str, options: &GoldenOptions) -> Result<bool> {
+        let (engine, image_id, options) = (Arc::clone(self), image_id.to_owned(), options.clone());
+        blocking(Stage::Resolve, move || {
+            let image = engine.image(&image_id)?;
+            match engine.golden_spec(&image, &options)?.complete() {
+                Some(spec) => Ok(engine.store.catalog.golden(spec.key())?.is_some()),
+                None => Ok(false),
+            }
+        })
+        .await
+    }
+
+    /// Removes a golden image that no volume is backed by and no job uses: `Kind::Conflict` otherwise.
+    pub fn remove_golden(&self, key: Digest) -> Result<()> {
+        if self.builds.is_busy(&key) || self.is_wanted(None, Some(key)) {
+            return Err(Error::new(Kind::Conflict, Stage::Store, key.hex(), "a render uses this golden image").with_reason("GOLDEN_IN_USE"));
+        }
+        // The row goes first: a directory without a row is rubbish that the next build of the key replaces.
+        self.store.catalog.delete_golden(key)?;
+        self.loaded.lock().expect("no panic while holding loaded goldens").retain(|loaded| loaded.record.key != key);
+        let dir = self.store.golden_dir(&key);
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(Stage::Store, dir.display().to_string(), "remove the golden image", error))
+            }
+            _ => {
+                tracing::info!(golden = %key.hex(), "golden image removed");
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn loaded_golden(&self, key: &Digest) -> Option<Arc<LoadedGolden>> {
+        let mut loaded = self.loaded.lock().expect("no panic while holding loaded goldens");
+        let index = loaded.iter().position(|golden| golden.record.key == *key)?;
+        // Most recently used last.
+        let golden = loaded.remove(index);
+        loaded.push(Arc::clone(&golden));
+        Some(golden)
+    }
+
+    pub(super) fn load_golden(&self, key: Digest) -> Result<Option<Arc<LoadedGolden>>> {
+        if let Some(loaded) = self.loaded_golden(&key) {
+            return Ok(Some(loaded));
+        }
+        let Some(record) = self.store.catalog.golden(key)? else { return Ok(None) };
+        let dir = self.store.golden_dir(&key);
+        let path = dir.join("disk.raw");
+        let size = match fs::metadata(&path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                tracing::warn!(golden = %key.hex(), "the golden image is gone from the store; it is built again");
+                return Ok(None);
+            }
+            Err(error) => return Err(Error::io(Stage::Golden, path.display().to_string(), "look at the golden image", error)),
+        };
+        if size != record.spec.size_bytes {
+            let why = format!("has {size} bytes, its record says {}", record.spec.size_bytes);
+            return Err(Error::new(Kind::Corrupt, Stage::Golden, path.display().to_string(), why).with_reason("GOLDEN_CORRUPT"));
+        }
+        let facts_path = dir.join("facts.json");
+        let bytes = fs::read(&facts_path).map_err(|error| Error::io(Stage::Golden, facts_path.display().to_string(), "read the facts", error))?;
+        let facts = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::new(Kind::Corrupt, Stage::Golden, facts_path.display().to_string(), "the facts are not readable").with_source(error)
+        })?;
+        let golden = Arc::new(LoadedGolden { disk: GoldenDisk { path, size_bytes: size, digest: record.digest }, record, facts });
+        let mut loaded = self.loaded.lock().expect("no panic while holding loaded goldens");
+        if loaded.len() >= LOADED_GOLDENS_MAX {
+            loaded.remove(0);
+        }
+        loaded.push(Arc::clone(&golden));
+        Ok(Some(golden))
+    }
+}
+
+/// Builds a golden in the store and gives its row. On an error nothing is left.
+fn build(store: &Store, fetched: &Fetched, progress: &Progress) -> Result<GoldenRecord> {
+    let spec = &fetched.golden;
+    let key = spec.key();
+    let tmp = store.tmp().join(format!("golden-{}-{}", key.hex(), Uuid::new_v4().simple()));
+    fs::create_dir(&tmp).map_err(|error| Error::io(Stage::Golden, tmp.display().to_string(), "make the build's directory", error))?;
+    let declared = fetched.resolved.image.compression();
+    let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, progress)).and_then(|built| {
+        publish(store, &tmp, &key)?;
+        Ok(built)
+    });
+    match built {
+        Ok(BuiltDisk { filesystem: built, digest, allocated }) => Ok(GoldenRecord {
+            key,
+            spec: spec.clone(),
+            image_id: fetched.resolved.image.record.id.clone(),
+            digest,
+            allocated,
+            built,
+            created: now_secs(),
+            last_used: now_secs(),
+        }),
+        Err(error) => Err(match fs::remove_dir_all(&tmp) {
+            Err(failure) if failure.kind() != std::io::ErrorKind::NotFound => {
+                error.with_cleanup_failure(Error::io(Stage::Golden, tmp.display().to_string(), "remove the unfinished build", failure))
+            }
+            _ => error,
+        }),
+    }
+}
+
+/// What [`build_disk`] made.
+#[derive(Debug)]
+pub struct BuiltDisk {
+    /// The root filesystem.
+    pub filesystem: BuiltFs,
+    /// Digest over the disk's content.
+    pub digest: Digest,
+    /// Bytes allocated for the disk.
+    pub allocated: u64,
+}
+
+/// Makes `disk.raw` and `facts.json` in the directory `dir` from the tarball `blob`, both durable when this returns. `declared` is how the tarball is said to be
+/// compressed; the bytes decide when nobody said. On an error unfinished files stay behind in `dir`.
+pub fn build_disk(dir: &Path, blob: &Path, declared: Option<Compression>, spec: &GoldenSpec, progress: &Progress) -> Result<BuiltDisk> {
+    let key = spec.key();
+    let path = dir.join("disk.raw");
+    let failed = |doing: &'static str| {
+        let object = path.display().to_string();
+        move |error| Error::io(Stage::Golden, object.clone(), doing, error)
+    };
+    let ids = GoldenIds::of(&key);
+    let plan = disk_plan(spec, spec.size_bytes, ids.disk)?;
+    let disk = File::options().read(true).write(true).create_new(true).open(&path).map_err(failed("create the disk"))?;
+    disk.set_len(spec.size_bytes).map_err(failed("set the disk's size"))?;
+    let disk = Arc::new(disk);
+    let root = plan.root();
+    let region = Region { file: Arc::clone(&disk), offset: root.offset, len: root.len };
+    let params = BuildParams {
+        uuid: ids.filesystem.into_bytes(),
+        hash_seed: ids.hash_seed.into_bytes(),
+        label: spec.label.clone(),
+        profile: spec.profile,
+        // A fixed time: the same bytes today and tomorrow. 1970 itself would look like a clock that was never set.
+        epoch_secs: 1,
+        bytes_per_inode: spec.bytes_per_inode,
+    };
+    let mut builder = filesystem(spec.filesystem).builder(&params, region, progress)?;
+    let facts = stream_tree(blob, declared, spec, progress, &mut *builder)?;
+    let filesystem = builder.finish()?;
+    plan.write_table(&Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes })?;
+    let facts_path = dir.join("facts.json");
+    let facts = serde_json::to_vec(&facts)
+        .map_err(|error| Error::internal(Stage::Golden, facts_path.display().to_string(), "encode facts").with_source(error))?;
+    write_durably(&facts_path, &facts)?;
+    // The digest needs the bytes, not the disk: it is computed while the kernel writes them out.
+    let digest = std::thread::scope(|scope| -> Result<Digest> {
+        let flush = scope.spawn(|| disk.sync_all());
+        let digest = digest::of_disk(&path)?;
+        flush.join().map_err(|_| Error::internal(Stage::Golden, key.hex(), "the flushing thread panicked"))?.map_err(failed("flush the disk"))?;
+        Ok(digest)
+    })?;
+    disk.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("make the disk read-only"))?;
+    disk.sync_all().map_err(failed("flush the disk"))?;
+    let allocated = disk.metadata().map_err(failed("read the allocated size"))?.blocks() * 512;
+    sync_dir(dir)?;
+    Ok(BuiltDisk { filesystem, digest, allocated })
+}
+
+fn stream_tree(
+    blob: &Path,
+    declared: Option<Compression>,
+    spec: &GoldenSpec,
+    progress: &Progress,
+    sink: &mut dyn crate::fs::TreeBuilder,
+) -> Result<GuestFacts> {
+    let failed = |doing: &'static str| move |error| Error::io(Stage::Golden, blob.display().to_string(), doing, error);
+    let file = File::open(blob).map_err(failed("open the tarball"))?;
+    progress.enter(Stage::Golden, file.metadata().map_err(failed("read the tarball's size"))?.len());
+    let compression = match declared {
+        Some(compression) => compression,
+        None => detected(blob)?,
+    };
+    let mut input = decompress::open_with(Box::new(file), compression, decompress::Limits::default(), progress)?;
+    let volatile = Volatile::compile(&spec.volatile)?;
+    // The archive's filter can't fail; a pattern that does (too much backtracking) is remembered and fails the build at the end.
+    let failure = std::cell::RefCell::new(None);
+    let filter = |path: &GuestPath| match volatile.matches(path) {
+        Ok(matches) => matches,
+        Err(error) => {
+            failure.borrow_mut().get_or_insert(error);
+            true
+        }
+    };
+    let templates: Vec<GuestPath> = spec.templates.iter().filter_map(|path| GuestPath::new(path).ok()).collect();
+    let watch = Watch::new(&templates);
+    let mut collector = Collector::new(sink, &watch);
+    let summary = archive::read(&mut *input, &archive::Limits::default(), &filter, &mut collector, progress)?;
+    if let Some(error) = failure.into_inner() {
+        return Err(error);
+    }
+    tracing::debug!(entries = summary.entries, left_out = summary.left_out, "tree read");
+    Ok(collector.finish())
+}
+
+/// What the first bytes say, for a tarball that nobody declared a media type for.
+fn detected(blob: &Path) -> Result<Compression> {
+    let object = || blob.display().to_string();
+    let mut first = Vec::with_capacity(decompress::DETECT_LEN);
+    let file = File::open(blob).map_err(|error| Error::io(Stage::Golden, object(), "open the tarball", error))?;
+    file.take(decompress::DETECT_LEN as u64)
+        .read_to_end(&mut first)
+        .map_err(|error| Error::io(Stage::Golden, object(), "read the tarball", error))?;
+    Compression::detect(&first).ok_or_else(|| {
+        Error::new(Kind::InvalidRequest, Stage::Golden, object(), "is neither a tar archive nor one compressed by gzip, xz, zstd or bzip2")
+            .with_reason("ROOTFS_FORMAT_UNKNOWN")
+    })
+}
+
+fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+    let failed = |error| Error::io(Stage::Golden, path.display().to_string(), "write", error);
+    let mut file = File::create_new(path).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.set_permissions(fs::Permissions::from_mode(0o400)).map_err(failed)?;
+    file.sync_all().map_err(failed)
+}
+
+/// Gives a finished build its name. What is there under that name has no row (the caller looked) and is what a crash left between rename and row.
+fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
+    let dir = store.golden_dir(key);
+    let failed = |doing: &'static str| {
+        let object = dir.display().to_string();
+        move |error| Error::io(Stage::Golden, object, doing, error)
+    };
+    if dir.exists() {
+        fs::remove_dir_all(&dir).map_err(failed("remove what an interrupted build left"))?;
+    }
+    fs::set_permissions(tmp, fs::Permissions::from_mode(0o711)).map_err(failed("set the directory's mode"))?;
+    fs::rename(tmp, &dir).map_err(failed("move the golden image to its place"))?;
+    sync_dir(&store.dir().join("goldens"))
+}
+
+/// The layout a golden has when nobody says.
+pub fn default_profile(layout: Layout) -> crate::fs::Profile {
+    match layout {
+        Layout::Bare => crate::fs::Profile::Modern,
+        // The disk is started by GRUB, and hosts have GRUB 2.06.
+        Layout::Gpt => crate::fs::Profile::Grub206,
+    }
+}

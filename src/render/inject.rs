@@ -1,0 +1,97 @@
+//! Inject: facts + instance configuration → edits and a report. Pure; the edits of the manifest's templates and those of `guest` in one list.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::{
+    error::{Error, Result, Stage},
+    fs::{FsKind, Profile, edit::EditRequest},
+    guest::{
+        self,
+        config::{InstanceConfig, Secret},
+        fstab::RootMount,
+        identity::Identity,
+    },
+    manifest::apply,
+    mapping::GuestIdentity,
+    render::{
+        golden::{GoldenIds, LoadedGolden},
+        resolve::{Resolved, ResolvedRender},
+    },
+    store::records::GoldenSpec,
+    units::Timestamp,
+};
+
+/// Namespace of the identities of instances (UUIDv5); drawn once, for good.
+const INSTANCE_NAMESPACE: Uuid = uuid::uuid!("d1a0c1ce-8a53-4c5c-9d55-0d3c1c0f9b1e");
+
+/// What one instance changes on its golden.
+pub struct Injected {
+    /// The request to the filesystem's editor, but for the size.
+    pub request: EditRequest,
+    /// What the report says: every path, redacted.
+    pub report: Value,
+    /// Identities given to the guest.
+    pub identity: GuestIdentity,
+    /// UUID of the root filesystem on the volume.
+    pub filesystem_uuid: Uuid,
+    /// From which the disk's GUIDs are derived.
+    pub disk_identity: Uuid,
+}
+
+/// Computes the edits of a render. `seed` is secret and drawn once per render; `now` is stamped on what is touched.
+pub fn inject(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, seed: Secret, now: Timestamp) -> Result<Injected> {
+    let config = &render.spec.instance;
+    let identity = Identity::derive(&INSTANCE_NAMESPACE, &config.instance, seed)?;
+    let filesystem_uuid = root_uuid(&golden.record.spec, &identity);
+    let image = apply::ImageInfo { id: resolved.image.record.id.clone(), name: resolved.image.manifest.name().to_owned() };
+    let context = apply::context(config, &render.args, &image);
+    let mut edits = apply::template_edits(&resolved.image.manifest, &golden.facts, &context)?;
+    let claimed: BTreeSet<String> = resolved.image.manifest.templates().iter().map(ToString::to_string).collect();
+    let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem };
+    let secret_args = render.args.keys().filter(|name| resolved.image.manifest.is_secret_arg(name)).cloned().collect();
+    // What is recorded in the guest are the args as they were used, defaults included.
+    let config = &InstanceConfig { args: render.args.clone(), ..config.clone() };
+    let inputs = guest::Inputs {
+        facts: &golden.facts,
+        config,
+        identity: &identity,
+        claimed: &claimed,
+        secret_args: &secret_args,
+        fstab_root: Some(&root),
+        now,
+    };
+    let injection = guest::inject(&inputs)?;
+    let templates: Vec<Value> = edits.iter().map(|edit| serde_json::json!({"path": edit.path.to_string(), "why": edit.why})).collect();
+    edits.extend(injection.edits);
+    let mut report =
+        serde_json::to_value(&injection.report).map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
+    if !templates.is_empty() {
+        report["templates"] = Value::Array(templates);
+    }
+    let guest_identity = GuestIdentity {
+        instance_uuid: Uuid::new_v5(&INSTANCE_NAMESPACE, config.instance.as_str().as_bytes()).to_string(),
+        machine_id: injection.report.machine_id.clone(),
+        hostname: injection.report.hostname.clone(),
+        ssh_fingerprints: injection.report.ssh_host_keys.iter().map(|key| format!("{} {}", key.algorithm, key.fingerprint)).collect(),
+        known_hosts: injection.report.ssh_host_keys.iter().map(|key| key.known_hosts.clone()).collect(),
+    };
+    let request = EditRequest {
+        edits,
+        uuid: (filesystem_uuid != GoldenIds::of(&golden.record.key).filesystem).then(|| filesystem_uuid.into_bytes()),
+        label: None,
+        size_bytes: None,
+        now,
+    };
+    Ok(Injected { request, report, identity: guest_identity, filesystem_uuid, disk_identity: identity.disk_guid })
+}
+
+/// Every instance has a filesystem UUID of its own, except where giving it one means rewriting all metadata (ext4 checksums without a stored seed).
+fn root_uuid(spec: &GoldenSpec, identity: &Identity) -> Uuid {
+    match (spec.filesystem, spec.profile) {
+        (FsKind::Ext4, Profile::Grub206) => GoldenIds::of(&spec.key()).filesystem,
+        _ => identity.root_fs_uuid,
+    }
+}

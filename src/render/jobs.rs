@@ -1,0 +1,342 @@
+//! Jobs: admission under an idempotency key, permits, progress, cancellation, and the end that is recorded.
+//!
+//! ```text
+//!            admit                 permit                 publish + record
+//!  (none) ──────────▶ queued ──────────────▶ running ──────────────────────▶ succeeded
+//!                        │                      │
+//!                        └───────── cancel ─────┴──▶ cancelled      error ──▶ failed
+//! ```
+//!
+//! The row in the catalogue is durable before the caller has its answer, and the volume's row and the render's final row are one transaction. A failed or
+//! cancelled render has left nothing, so its key may start it again with the same spec; a succeeded one always gives the same answer.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    names::Digest,
+    progress::{Progress, Reading},
+    render::{Engine, blocking, now_ms, resolve::Resolved},
+    spec::{JobSpec, first_difference},
+    store::{
+        catalog::Admitted,
+        records::{FailureRecord, RenderRecord, RenderState},
+    },
+};
+
+/// A job that has not ended.
+pub struct Job {
+    /// How far it is; also how it is cancelled.
+    pub progress: Progress,
+    record: watch::Sender<RenderRecord>,
+}
+
+/// A render as it is at one moment.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Its row.
+    pub record: RenderRecord,
+    /// Its progress, while it runs.
+    pub reading: Option<Reading>,
+}
+
+impl Job {
+    fn snapshot(&self) -> Snapshot {
+        Snapshot { record: self.record.borrow().clone(), reading: Some(self.progress.reading()) }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut RenderRecord)) -> RenderRecord {
+        self.record.send_modify(change);
+        self.record.borrow().clone()
+    }
+}
+
+/// What [`Engine::start`] found or did.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// The render.
+    pub snapshot: Snapshot,
+    /// Whether it is new (or started again).
+    pub created: bool,
+}
+
+impl Engine {
+    /// Admits a job and sets it going. Everything that can be refused without touching the host is refused here. Must be called on the runtime.
+    pub async fn start(self: &Arc<Self>, job: JobSpec) -> Result<Started> {
+        let waiting = self.jobs.lock().expect("no panic while holding the job table").len();
+        if waiting >= self.config.limits.queued_renders {
+            return Err(Error::new(Kind::Busy, Stage::Request, "queue", format!("{waiting} renders wait or run, the limit is {waiting}"))
+                .with_reason("QUEUE_FULL")
+                .with_hint("try again later, or raise limits.queued_renders"));
+        }
+        let record = new_record(&job);
+        // The same request as before gets its answer before anything is looked at that may have changed since.
+        if let Some(existing) = self.existing(&record).await? {
+            return Ok(existing);
+        }
+        let resolved = self.resolve(job).await?;
+        let reservation = self.reserve(&resolved)?;
+        let engine = Arc::clone(self);
+        let admitted = blocking(Stage::Store, move || engine.store.catalog.admit_render(record)).await?;
+        let record = match admitted {
+            Admitted::Started(record) => record,
+            Admitted::Existing(existing) => return self.same_or_conflict(existing, &resolved.canonical),
+        };
+        let job = Arc::new(Job { progress: Progress::default(), record: watch::Sender::new(record.clone()) });
+        self.jobs.lock().expect("no panic while holding the job table").insert(record.id.clone(), Arc::clone(&job));
+        let snapshot = job.snapshot();
+        let engine = Arc::clone(self);
+        tokio::spawn(async move {
+            engine.run(&job, resolved).await;
+            drop(reservation);
+        });
+        Ok(Started { snapshot, created: true })
+    }
+
+    async fn existing(self: &Arc<Self>, record: &RenderRecord) -> Result<Option<Started>> {
+        let (engine, key) = (Arc::clone(self), record.key.clone());
+        let found = blocking(Stage::Store, move || engine.store.catalog.render_by_key(&key)).await?;
+        match found {
+            Some(found) if !matches!(found.state, RenderState::Failed | RenderState::Cancelled) || found.spec != record.spec => {
+                self.same_or_conflict(found, &record.spec).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn same_or_conflict(&self, existing: RenderRecord, canonical: &serde_json::Value) -> Result<Started> {
+        match first_difference(&existing.spec, canonical) {
+            None => Ok(Started { snapshot: self.live(existing), created: false }),
+            Some(field) => Err(Error::new(
+                Kind::AlreadyExists,
+                Stage::Request,
+                existing.key.clone(),
+                format!("the idempotency key belongs to render {}, whose {field} differs", existing.id),
+            )
+            .with_reason("IDEMPOTENCY_KEY_REUSED")
+            .with_violation(field, "differs from the first request with this key")),
+        }
+    }
+
+    /// The render as it is now, from memory while it runs.
+    fn live(&self, record: RenderRecord) -> Snapshot {
+        match self.jobs.lock().expect("no panic while holding the job table").get(&record.id) {
+            Some(job) => job.snapshot(),
+            None => Snapshot { record, reading: None },
+        }
+    }
+
+    /// One render. `NotFound` when there is none.
+    pub fn render(&self, id: &str) -> Result<Snapshot> {
+        if let Some(job) = self.jobs.lock().expect("no panic while holding the job table").get(id) {
+            return Ok(job.snapshot());
+        }
+        let record = self.store.catalog.render(id)?.ok_or_else(|| no_render(id))?;
+        Ok(Snapshot { record, reading: None })
+    }
+
+    /// Renders, newest first.
+    pub fn renders(&self, state: Option<RenderState>, limit: u32, offset: u64) -> Result<Vec<Snapshot>> {
+        let records = self.store.catalog.renders(state, limit, offset)?;
+        Ok(records.into_iter().map(|record| self.live(record)).collect())
+    }
+
+    /// A receiver of the render's changes while it runs, and the job for its progress; `None` when it has ended.
+    pub fn follow(&self, id: &str) -> Option<(Arc<Job>, watch::Receiver<RenderRecord>)> {
+        let jobs = self.jobs.lock().expect("no panic while holding the job table");
+        jobs.get(id).map(|job| (Arc::clone(job), job.record.subscribe()))
+    }
+
+    /// Asks a render to stop. No effect on one that has ended.
+    pub fn cancel(&self, id: &str) -> Result<Snapshot> {
+        if let Some(job) = self.jobs.lock().expect("no panic while holding the job table").get(id) {
+            job.progress.cancel();
+        }
+        self.render(id)
+    }
+
+    /// How many jobs run and how many wait.
+    pub fn load(&self) -> (u32, u32) {
+        let jobs = self.jobs.lock().expect("no panic while holding the job table");
+        let running = jobs.values().filter(|job| job.record.borrow().state == RenderState::Running).count();
+        (running as u32, (jobs.len() - running) as u32)
+    }
+
+    /// Waits until no job is left.
+    pub async fn idle(&self) {
+        while !self.jobs.lock().expect("no panic while holding the job table").is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Asks every job to stop.
+    pub fn cancel_all(&self) {
+        for job in self.jobs.lock().expect("no panic while holding the job table").values() {
+            job.progress.cancel();
+        }
+    }
+
+    /// Whether a job for this image or golden waits or runs.
+    pub fn is_wanted(&self, image_id: Option<&str>, golden: Option<Digest>) -> bool {
+        self.jobs.lock().expect("no panic while holding the job table").values().any(|job| {
+            let record = job.record.borrow();
+            image_id.is_some_and(|id| record.image_id == id) || golden.is_some_and(|key| record.golden_key == Some(key))
+        })
+    }
+
+    async fn run(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved) {
+        let started = std::time::Instant::now();
+        let id = job.record.borrow().id.clone();
+        let result = self.stages(job, resolved).await;
+        let stage = job.progress.reading().stage.map_or("resolve", Stage::name);
+        match result {
+            // The stages recorded the end together with the volume.
+            Ok(()) => {
+                tracing::info!(render = %id, ms = started.elapsed().as_millis() as u64, "render succeeded");
+            }
+            Err(error) => {
+                let cancelled = error.kind() == Kind::Cancelled;
+                if cancelled {
+                    tracing::info!(render = %id, stage, "render cancelled");
+                } else {
+                    tracing::error!(render = %id, stage, error = %error.chain(), "render failed");
+                }
+                let record = job.update(|record| {
+                    record.state = if cancelled { RenderState::Cancelled } else { RenderState::Failed };
+                    record.stage = stage.to_owned();
+                    record.failure = Some(failure_of(&error));
+                    record.finished_ms = Some(now_ms());
+                });
+                let engine = Arc::clone(self);
+                if let Err(error) = blocking(Stage::Store, move || engine.store.catalog.update_render(record)).await {
+                    tracing::error!(render = %id, error = %error.chain(), "the end of a render could not be recorded");
+                }
+            }
+        }
+        self.jobs.lock().expect("no panic while holding the job table").remove(&id);
+    }
+
+    async fn stages(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved) -> Result<()> {
+        let progress = job.progress.clone();
+        let begin = |job: &Job| {
+            job.update(|record| {
+                record.state = RenderState::Running;
+                record.started_ms = Some(now_ms());
+            });
+        };
+        // What is warm takes a render permit at once; what has to be fetched or built first takes those permits, so that cold work never blocks warm renders.
+        let fetched = self.fetch(resolved, &progress, || begin(job)).await?;
+        job.update(|record| record.golden_key = Some(fetched.golden.key()));
+        let (resolved, golden) = self.golden(fetched, &progress, || begin(job)).await?;
+        progress.check()?;
+        let permit = Arc::clone(&self.render_permits).acquire_owned().await;
+        let permit = permit.map_err(|error| Error::internal(Stage::Inject, "", "the render permits are closed").with_source(error))?;
+        progress.check()?;
+        begin(job);
+        let engine = Arc::clone(self);
+        let job = Arc::clone(job);
+        blocking(Stage::Target, move || {
+            let _permit = permit;
+            let end = |job: &Job| {
+                let mut record = job.record.borrow().clone();
+                record.state = RenderState::Succeeded;
+                record.stage = Stage::Report.name().to_owned();
+                record.finished_ms = Some(now_ms());
+                record
+            };
+            match resolved.render.as_ref() {
+                Some(render) => {
+                    let id = job.record.borrow().id.clone();
+                    let made = engine.make_volume(&id, &resolved, render, &golden, &job.progress)?;
+                    let record = end(&job);
+                    made.record(&engine, record.clone())?;
+                    job.record.send_replace(record);
+                }
+                None => {
+                    let record = end(&job);
+                    engine.store.catalog.update_render(record.clone())?;
+                    job.record.send_replace(record);
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    fn reserve(self: &Arc<Self>, resolved: &Resolved) -> Result<Option<Reservation>> {
+        let Some(render) = &resolved.render else { return Ok(None) };
+        let name = (render.spec.pool.to_string(), render.spec.volume.to_string());
+        let taken = |why: &str| {
+            Error::new(Kind::AlreadyExists, Stage::Resolve, format!("{}/{}", name.0, name.1), why)
+                .with_reason("VOLUME_EXISTS")
+                .with_violation("spec.volume.name", "is taken")
+        };
+        if self.store.catalog.volume(&name.0, &name.1)?.is_some() {
+            return Err(taken("there is a volume of this name").with_hint("delete it first, or choose another name"));
+        }
+        if !self.reserved.lock().expect("no panic while holding the reservations").insert(name.clone()) {
+            return Err(taken("another render is making a volume of this name"));
+        }
+        Ok(Some(Reservation { engine: Arc::clone(self), name }))
+    }
+}
+
+/// The right to make a volume of one name; given back when dropped.
+struct Reservation {
+    engine: Arc<Engine>,
+    name: (String, String),
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.engine.reserved.lock().expect("no panic while holding the reservations").remove(&self.name);
+    }
+}
+
+fn no_render(id: &str) -> Error {
+    Error::new(Kind::NotFound, Stage::Request, id, "there is no such render").with_reason("RENDER_NOT_FOUND")
+}
+
+fn new_record(job: &JobSpec) -> RenderRecord {
+    let id = format!("rnd-{}", &uuid::Uuid::new_v4().simple().to_string()[..20]);
+    let (key, spec, image_id, instance, volume) = match job {
+        JobSpec::Render { key, spec } => (
+            key.to_string(),
+            spec.canonical.clone(),
+            spec.image_id.clone(),
+            Some(spec.instance.instance.to_string()),
+            Some((spec.pool.to_string(), spec.volume.to_string())),
+        ),
+        // A prerender is idempotent by its nature; every call is a job of its own that ends at once when the golden is there.
+        JobSpec::Prerender { image_id, .. } => (format!("prerender:{id}"), serde_json::Value::Null, image_id.clone(), None, None),
+    };
+    RenderRecord {
+        id,
+        key,
+        spec,
+        image_id,
+        instance,
+        volume,
+        state: RenderState::Queued,
+        stage: Stage::Resolve.name().to_owned(),
+        failure: None,
+        golden_key: None,
+        created_ms: now_ms(),
+        started_ms: None,
+        finished_ms: None,
+    }
+}
+
+/// An error as it is kept with its render.
+pub fn failure_of(error: &Error) -> FailureRecord {
+    FailureRecord {
+        code: crate::api::status::code_of(error.kind()) as i32,
+        reason: error.reason().to_owned(),
+        message: error.chain(),
+        hint: error.hint().unwrap_or_default().to_owned(),
+        stage: error.stage().name().to_owned(),
+        retryable: error.is_retryable(),
+    }
+}

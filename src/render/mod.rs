@@ -1,0 +1,131 @@
+//! The pipeline: one file per stage, each consuming the previous stage's value.
+//!
+//! ```text
+//! jobs      admit under an idempotency key, wait for permits, run, record the end
+//! resolve   spec → Resolved {image, manifest, args, pool, golden spec without the tarball's digest}
+//! fetch     Resolved → Fetched {blob on disk, golden spec complete}        async, single flight per URL
+//! golden    Fetched → Golden {disk, facts}                                 blocking, one build per key
+//! inject    Golden + instance → edits and report                           pure
+//! volume    Golden + edits → patch → staged → published volume + mapping   blocking
+//! ```
+//!
+//! Async code never blocks: resolve and fetch are async, the rest runs on blocking threads under permits. A dropped call stops nothing; a cancelled job
+//! stops at the next check and leaves nothing.
+
+pub mod fetch;
+pub mod flight;
+pub mod golden;
+pub mod inject;
+pub mod jobs;
+pub mod resolve;
+pub mod volume;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::Semaphore;
+
+use crate::{
+    config::Config,
+    error::{Error, Kind, Result, Stage},
+    host::info::HostInfo,
+    names::{Digest, PoolName},
+    render::{flight::Flights, golden::LoadedGolden, jobs::Job},
+    source::Fetcher,
+    store::Store,
+    target::Pool,
+};
+
+/// How old the answer about tools and versions of the host may be.
+const HOST_INFO_AGE_MAX: Duration = Duration::from_secs(60);
+/// Goldens whose facts are kept parsed in memory. A provider renders from a handful of images at a time.
+const LOADED_GOLDENS_MAX: usize = 32;
+
+/// Everything the stages share. One per daemon.
+pub struct Engine {
+    /// The store.
+    pub store: Store,
+    /// The configuration.
+    pub config: Config,
+    /// Pools by name.
+    pub pools: BTreeMap<PoolName, Pool>,
+    fetcher: Fetcher,
+    host: Mutex<Option<(Instant, Arc<HostInfo>)>>,
+    loaded: Mutex<Vec<Arc<LoadedGolden>>>,
+    fetches: Flights<String>,
+    builds: Flights<Digest>,
+    fetch_permits: Semaphore,
+    build_permits: Semaphore,
+    render_permits: Arc<Semaphore>,
+    jobs: Mutex<HashMap<String, Arc<Job>>>,
+    /// Volumes that a job is making, so that two jobs never make the same one.
+    reserved: Mutex<HashSet<(String, String)>>,
+}
+
+impl Engine {
+    /// Sets up the stages over an opened store.
+    pub fn new(store: Store, config: Config) -> Result<Arc<Engine>> {
+        let pools = config.target_pools().into_iter().map(|pool| (pool.name.clone(), pool)).collect();
+        let fetcher = Fetcher::new(fetch::fetcher_config(&config.fetch))?;
+        Ok(Arc::new(Engine {
+            store,
+            pools,
+            fetcher,
+            host: Mutex::new(None),
+            loaded: Mutex::new(Vec::new()),
+            fetches: Flights::default(),
+            builds: Flights::default(),
+            fetch_permits: Semaphore::new(config.limits.concurrent_fetches),
+            build_permits: Semaphore::new(config.limits.concurrent_builds),
+            render_permits: Arc::new(Semaphore::new(config.limits.concurrent_renders)),
+            jobs: Mutex::new(HashMap::new()),
+            reserved: Mutex::new(HashSet::new()),
+            config,
+        }))
+    }
+
+    /// What the host is, at most [`HOST_INFO_AGE_MAX`] old: finding out starts a process per tool. Blocking.
+    pub fn host_info(&self) -> Result<Arc<HostInfo>> {
+        let mut host = self.host.lock().map_err(|_| Error::internal(Stage::Host, "host", "finding out about the host panicked"))?;
+        if let Some((since, info)) = &*host
+            && since.elapsed() < HOST_INFO_AGE_MAX
+        {
+            return Ok(Arc::clone(info));
+        }
+        let info = Arc::new(HostInfo::gather()?);
+        *host = Some((Instant::now(), Arc::clone(&info)));
+        Ok(info)
+    }
+
+    /// The pool with this name. `NotFound` naming the ones there are.
+    pub fn pool(&self, name: &PoolName) -> Result<&Pool> {
+        self.pools.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.pools.keys().map(PoolName::as_str).collect();
+            Error::new(Kind::NotFound, Stage::Resolve, name.as_str(), "there is no such pool")
+                .with_reason("POOL_NOT_FOUND")
+                .with_violation("volume.pool", format!("{name} is not configured"))
+                .with_hint(format!("configured pools: {}", known.join(", ")))
+        })
+    }
+}
+
+/// Seconds since 1970.
+pub fn now_secs() -> i64 {
+    now_ms() / 1000
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// Runs blocking work on tokio's blocking threads; a panic there becomes an internal error instead of taking the daemon down.
+pub async fn blocking<T: Send + 'static>(stage: Stage, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::internal(stage, "", "the work panicked").with_source(error)),
+    }
+}

@@ -1,0 +1,256 @@
+//! Resolve: names and documents become the things they mean. Everything that can be refused without touching the host is refused here.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use crate::{
+    disk::Layout,
+    error::{Error, Kind, Result, Stage},
+    fs::FsKind,
+    manifest::{ImageId, Manifest},
+    names::Digest,
+    render::{Engine, blocking, golden, now_secs},
+    spec::{GoldenOptions, JobSpec, RenderSpec},
+    store::records::{GoldenSpec, ImageRecord},
+    target::{Place, Pool, VolumeFormat},
+    tree::decompress::Compression,
+    units::{Bytes, PATCH_BLOCK},
+};
+
+/// A catalogued image with its parsed manifest.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// The row.
+    pub record: ImageRecord,
+    /// The manifest.
+    pub manifest: Arc<Manifest>,
+}
+
+impl Image {
+    /// How the tarball is declared to be compressed; `None` when nobody says and the bytes decide.
+    pub fn compression(&self) -> Result<Option<Compression>> {
+        self.record.media_type.as_deref().map(compression_of).transpose()
+    }
+}
+
+/// A job whose names all mean something.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// The image.
+    pub image: Image,
+    /// The golden it needs, but for the tarball's digest.
+    pub golden: PartialGoldenSpec,
+    /// The volume to make; none for a prerender.
+    pub render: Option<ResolvedRender>,
+    /// The request as it is compared under an idempotency key.
+    pub canonical: Value,
+}
+
+/// The part of a job that makes a volume.
+#[derive(Debug, Clone)]
+pub struct ResolvedRender {
+    /// What was asked for.
+    pub spec: RenderSpec,
+    /// The pool.
+    pub pool: Pool,
+    /// How the volume is stored.
+    pub format: VolumeFormat,
+    /// The manifest's args with defaults filled in.
+    pub args: Map<String, Value>,
+}
+
+/// A golden spec that may still lack the digest of a tarball that was never fetched.
+#[derive(Debug, Clone)]
+pub struct PartialGoldenSpec {
+    digest: Option<Digest>,
+    template: GoldenSpec,
+}
+
+impl PartialGoldenSpec {
+    /// The spec, when the digest is known.
+    pub fn complete(&self) -> Option<GoldenSpec> {
+        self.digest.map(|digest| self.with_digest(digest))
+    }
+
+    /// The spec for a tarball with this digest.
+    pub fn with_digest(&self, digest: Digest) -> GoldenSpec {
+        GoldenSpec { rootfs: digest, ..self.template.clone() }
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.template.size_bytes
+    }
+}
+
+impl Engine {
+    /// The image with this id.
+    pub fn image(&self, id: &str) -> Result<Image> {
+        let record = self.store.catalog.image(id)?.ok_or_else(|| {
+            Error::new(Kind::NotFound, Stage::Resolve, id, "there is no such image")
+                .with_reason("IMAGE_NOT_FOUND")
+                .with_violation("spec.image_id", "is not catalogued")
+        })?;
+        let manifest = Arc::new(Manifest::parse(record.manifest.as_bytes())?);
+        Ok(Image { record, manifest })
+    }
+
+    /// Catalogues a manifest; gives the row and whether it is new.
+    pub fn create_image(&self, manifest_json: &str, rootfs_digest: &str, rootfs_url: &str) -> Result<(ImageRecord, bool)> {
+        let manifest = Manifest::parse(manifest_json.as_bytes()).map_err(|error| error.under_field("manifest_json"))?;
+        let given: Option<Digest> = match rootfs_digest {
+            "" => None,
+            text => Some(text.parse().map_err(|why: String| Error::field(Stage::Request, "rootfs_digest", why))?),
+        };
+        let rootfs = manifest.rootfs();
+        let declared = rootfs.and_then(|rootfs| rootfs.digest);
+        if let (Some(declared), Some(given)) = (declared, given)
+            && declared != given
+        {
+            return Err(
+                Error::field(Stage::Request, "rootfs_digest", format!("is {given}, the manifest says {declared}")).with_reason("DIGEST_MISMATCH")
+            );
+        }
+        let digest = declared.or(given);
+        let url = match (rootfs.and_then(|rootfs| rootfs.url.clone()), rootfs_url) {
+            (Some(url), "") => Some(url),
+            (Some(_), _) => return Err(Error::field(Stage::Request, "rootfs_url", "the manifest names a URL already")),
+            (None, "") => None,
+            (None, _) if given.is_some() => return Err(Error::field(Stage::Request, "rootfs_url", "is exclusive with rootfs_digest")),
+            (None, url) => Some(url.to_owned()),
+        };
+        if let Some(url) = &url {
+            self.fetcher.check_url(url).map_err(|error| error.with_violation("rootfs_url", "is not allowed"))?;
+        } else {
+            let digest = digest.ok_or_else(|| {
+                Error::field(Stage::Request, "rootfs_url", "the manifest names no root filesystem: give rootfs_url or rootfs_digest")
+                    .with_reason("NO_ROOTFS")
+            })?;
+            if !self.store.has_blob(&digest)? {
+                return Err(Error::new(Kind::NotFound, Stage::Resolve, digest.to_string(), "no uploaded root filesystem has this digest")
+                    .with_reason("ROOTFS_NOT_FOUND")
+                    .with_violation("rootfs_digest", "was not uploaded")
+                    .with_hint("upload it with ImageService.UploadRootfs first"));
+            }
+        }
+        // Which bytes an image means is part of its id; a manifest that only names a URL means whatever is there at the first fetch.
+        let identity = match (&digest, &url) {
+            (Some(digest), _) => digest.to_string(),
+            (None, Some(url)) => url.clone(),
+            (None, None) => String::new(),
+        };
+        let record = ImageRecord {
+            id: ImageId::derive(&manifest, &identity).to_string(),
+            manifest: manifest_json.to_owned(),
+            rootfs_url: url,
+            rootfs_digest: digest,
+            rootfs_size: rootfs.and_then(|rootfs| rootfs.size),
+            media_type: rootfs.and_then(|rootfs| rootfs.media_type.clone()),
+            created: now_secs(),
+        };
+        if let Some(media_type) = &record.media_type {
+            compression_of(media_type).map_err(|error| error.under_field("manifest_json"))?;
+        }
+        let created = self.store.catalog.insert_image(record.clone())?;
+        let record = self.store.catalog.image(&record.id)?.ok_or_else(|| Error::internal(Stage::Store, record.id, "was added and is not there"))?;
+        Ok((record, created))
+    }
+
+    /// The golden that an image means under these options.
+    pub fn golden_spec(&self, image: &Image, options: &GoldenOptions) -> Result<PartialGoldenSpec> {
+        let (manifest, defaults) = (&image.manifest, &self.config.golden);
+        let layout = options.layout.or(manifest.layout()).unwrap_or(defaults.layout);
+        let filesystem = options.filesystem.or(manifest.filesystem()).unwrap_or(defaults.filesystem);
+        let profile = options.profile.or(manifest.profile()).unwrap_or_else(|| golden::default_profile(layout));
+        let size = options.size_bytes.or(manifest.disk_size()).unwrap_or(defaults.size.0);
+        let wrong = |why: String| Err(Error::field(Stage::Resolve, "spec.golden.size_bytes", why).with_reason("BAD_SIZE"));
+        if !size.is_multiple_of(PATCH_BLOCK) {
+            return wrong(format!("{size} is not a multiple of {PATCH_BLOCK}"));
+        }
+        if size > defaults.max_size.0 {
+            return wrong(format!("{} is more than golden.max_size, {}", Bytes(size), defaults.max_size));
+        }
+        let overhead = crate::disk::DiskPlan::overhead(layout);
+        let least = golden::filesystem(filesystem).size_min() + overhead;
+        if size < least {
+            return wrong(format!("{} is less than {} needs, {}", Bytes(size), filesystem.name(), Bytes(least)));
+        }
+        if filesystem != FsKind::Ext4 && layout == Layout::Bare && options.profile.is_some() {
+            return Err(Error::field(Stage::Resolve, "spec.golden.profile", format!("is for ext4, the filesystem is {}", filesystem.name())));
+        }
+        let template = GoldenSpec {
+            rootfs: Digest::of(b""),
+            volatile: manifest.volatile().to_vec(),
+            templates: manifest.templates().iter().map(ToString::to_string).collect(),
+            filesystem,
+            profile,
+            label: manifest.label().unwrap_or_default().to_owned(),
+            bytes_per_inode: manifest.bytes_per_inode().unwrap_or(16384),
+            layout,
+            size_bytes: size,
+            arch: manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned(),
+        };
+        Ok(PartialGoldenSpec { digest: image.record.rootfs_digest, template })
+    }
+
+    /// Resolves a job.
+    pub async fn resolve(self: &Arc<Self>, job: JobSpec) -> Result<Resolved> {
+        let engine = Arc::clone(self);
+        blocking(Stage::Resolve, move || engine.resolve_now(job)).await
+    }
+
+    fn resolve_now(&self, job: JobSpec) -> Result<Resolved> {
+        match job {
+            JobSpec::Prerender { image_id, golden } => {
+                let image = self.image(&image_id)?;
+                let golden = self.golden_spec(&image, &golden)?;
+                Ok(Resolved { image, golden, render: None, canonical: Value::Null })
+            }
+            JobSpec::Render { spec, .. } => {
+                let spec = *spec;
+                let image = self.image(&spec.image_id)?;
+                let golden = self.golden_spec(&image, &spec.golden)?;
+                let pool = self.pool(&spec.pool)?.clone();
+                let format = format_for(&pool, spec.format)?;
+                self.check_size(&spec, &golden)?;
+                let args = image.manifest.resolve_args(&spec.instance.args).map_err(|error| error.under_field("spec.instance"))?;
+                let canonical = spec.canonical.clone();
+                Ok(Resolved { image, golden, render: Some(ResolvedRender { spec, pool, format, args }), canonical })
+            }
+        }
+    }
+
+    fn check_size(&self, spec: &RenderSpec, golden: &PartialGoldenSpec) -> Result<()> {
+        let Some(size) = spec.size_bytes else { return Ok(()) };
+        let wrong = |why: String| Err(Error::field(Stage::Resolve, "spec.size_bytes", why).with_reason("BAD_SIZE"));
+        if size < golden.size_bytes() {
+            return wrong(format!("{} is less than the golden image's {}", Bytes(size), Bytes(golden.size_bytes())));
+        }
+        if size > self.config.limits.volume_max_size.0 {
+            return wrong(format!("{} is more than limits.volume_max_size, {}", Bytes(size), self.config.limits.volume_max_size));
+        }
+        Ok(())
+    }
+}
+
+fn compression_of(media_type: &str) -> Result<Compression> {
+    Compression::from_media_type(media_type).ok_or_else(|| {
+        Error::field(Stage::Manifest, "rootfs.media_type", format!("{media_type:?} is not the media type of a tar archive"))
+            .with_reason("MEDIA_TYPE_UNKNOWN")
+    })
+}
+
+fn format_for(pool: &Pool, wanted: Option<VolumeFormat>) -> Result<VolumeFormat> {
+    let format = wanted.unwrap_or(match pool.place {
+        Place::Directory { .. } => VolumeFormat::Raw,
+        Place::Devices { .. } => VolumeFormat::Block,
+    });
+    let fits = matches!(pool.place, Place::Devices { .. }) == (format == VolumeFormat::Block);
+    if !fits {
+        let kind = if format == VolumeFormat::Block { "a directory" } else { "devices" };
+        return Err(Error::field(Stage::Resolve, "spec.format", format!("{} can't be made in pool {}, which has {kind}", format.name(), pool.name))
+            .with_reason("FORMAT_NOT_IN_POOL"));
+    }
+    Ok(format)
+}

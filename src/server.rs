@@ -1,0 +1,189 @@
+//! Listeners: a unix socket with peer credentials (its own, or one passed by systemd), TCP with mutual TLS; health, reflection, and drain on SIGTERM.
+
+use std::{
+    fs,
+    os::unix::{fs::FileTypeExt, fs::PermissionsExt, net::UnixListener as StdUnixListener},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, UnixListener},
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::{
+    service::interceptor::InterceptedService,
+    transport::{Certificate, Identity, Server, ServerTlsConfig, server::Router},
+};
+use tonic_health::pb::health_server::{Health, HealthServer};
+
+use crate::{
+    api::{authorise::Authoriser, hosts::Hosts, images::Images, renders::Renders, volumes::Volumes},
+    config::{Config, Tls},
+    error::{Error, Kind, Result, Stage},
+    proto::{
+        DESCRIPTOR_SET, host_service_server::HostServiceServer, image_service_server::ImageServiceServer, render_service_server::RenderServiceServer,
+        volume_service_server::VolumeServiceServer,
+    },
+    render::Engine,
+    store::Store,
+};
+
+/// Largest message a client may send: the file and manifest limits of the protocol fit in it.
+const MESSAGE_LEN_MAX: usize = 32 << 20;
+/// Idle connections are probed this often, so that clients that vanished do not hold resources.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+/// Streams that one connection may have open at a time.
+const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
+
+/// Runs the daemon until SIGTERM or SIGINT; see [`serve_until`].
+pub async fn serve(config: Config) -> Result<()> {
+    let stop = stop_signals()?;
+    serve_until(config, stop).await
+}
+
+/// Runs the daemon until `stop` is ready, then drains: no new calls, running renders get `limits.drain_timeout_secs`, the rest is cancelled.
+pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> Result<()> {
+    let begun = std::time::Instant::now();
+    let store = Store::open(&config.state_dir)?;
+    let engine = Engine::new(store, config.clone())?;
+    let starting = Arc::clone(&engine);
+    crate::render::blocking(Stage::Host, move || starting.recover()).await?;
+
+    let (stop, stopping) = watch::channel(false);
+    let mut tasks = tokio::task::JoinSet::new();
+    let (unix, bound) = unix_listener(&config.listen.unix, !config.listen.allow_uids.is_empty() || !config.listen.allow_gids.is_empty())?;
+    let health = health_service().await;
+    let router = router(&engine, &config, None, health.clone())?;
+    let wait = until(stopping.clone());
+    tasks.spawn(async move { router.serve_with_incoming_shutdown(UnixListenerStream::new(unix), wait).await });
+    if let Some(address) = config.listen.tcp {
+        let listener = TcpListener::bind(address).await.map_err(|error| Error::io(Stage::Config, address.to_string(), "listen on TCP", error))?;
+        let router = self::router(&engine, &config, config.listen.tls.as_ref(), health)?;
+        let wait = until(stopping);
+        tasks.spawn(async move { router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait).await });
+    }
+    tracing::info!(
+        socket = %config.listen.unix.display(),
+        tcp = config.listen.tcp.map(tracing::field::display),
+        state_dir = %config.state_dir.display(),
+        ms = begun.elapsed().as_millis() as u64,
+        "serving"
+    );
+    // Fails when there is no service manager to tell, which is fine.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    stopped.await;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("draining");
+    stop.send_replace(true);
+    let patience = Duration::from_secs(config.limits.drain_timeout_secs);
+    if tokio::time::timeout(patience, engine.idle()).await.is_err() {
+        tracing::warn!("renders still run after {} s; they are cancelled", patience.as_secs());
+        engine.cancel_all();
+        engine.idle().await;
+    }
+    // Watches end with their renders; connections that stay open for nothing are dropped.
+    let _ = tokio::time::timeout(Duration::from_secs(5), async { while tasks.join_next().await.is_some() {} }).await;
+    if let Some(path) = bound {
+        let _ = fs::remove_file(path);
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn until(mut stopping: watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+/// Ready at the first SIGTERM or SIGINT; the handlers are there when this returns.
+fn stop_signals() -> Result<impl Future<Output = ()>> {
+    let failed = |error| Error::io(Stage::Host, "signals", "listen for signals", error);
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// The socket passed by systemd (sd_listen_fds(3)), or one of our own; and the path to remove at the end.
+fn unix_listener(path: &Path, others_may_call: bool) -> Result<(UnixListener, Option<std::path::PathBuf>)> {
+    let failed = |doing: &'static str| move |error| Error::io(Stage::Config, path.display().to_string(), doing, error);
+    let mut passed = listenfd::ListenFd::from_env();
+    let (listener, bound) = match passed.take_unix_listener(0).map_err(failed("take the socket passed by the service manager"))? {
+        Some(listener) => (listener, None),
+        None => {
+            if let Some(dir) = path.parent() {
+                fs::create_dir_all(dir).map_err(failed("make the socket's directory"))?;
+            }
+            remove_stale_socket(path)?;
+            let listener = StdUnixListener::bind(path).map_err(failed("listen on the unix socket"))?;
+            // Connecting needs write permission (unix(7)); who may call is decided by peer credentials.
+            let mode = if others_may_call { 0o666 } else { 0o600 };
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed("set the socket's mode"))?;
+            (listener, Some(path.to_path_buf()))
+        }
+    };
+    listener.set_nonblocking(true).map_err(failed("make the socket non-blocking"))?;
+    Ok((UnixListener::from_std(listener).map_err(failed("register the socket"))?, bound))
+}
+
+/// Removes a socket that nobody listens on. Anything else at that path is left alone and refused.
+fn remove_stale_socket(path: &Path) -> Result<()> {
+    let object = path.display().to_string();
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io(Stage::Config, object, "look at the socket's path", error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => Err(Error::new(Kind::Conflict, Stage::Config, object, "is there and is not a socket")),
+        Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+            Err(Error::new(Kind::Busy, Stage::Config, object, "another process listens on this socket"))
+        }
+        Ok(_) => fs::remove_file(path).map_err(|error| Error::io(Stage::Config, object, "remove the stale socket", error)),
+    }
+}
+
+async fn health_service() -> HealthServer<impl Health> {
+    let (reporter, service) = tonic_health::server::health_reporter();
+    reporter.set_serving::<ImageServiceServer<Images>>().await;
+    reporter.set_serving::<RenderServiceServer<Renders>>().await;
+    reporter.set_serving::<VolumeServiceServer<Volumes>>().await;
+    reporter.set_serving::<HostServiceServer<Hosts>>().await;
+    service
+}
+
+fn router(engine: &Arc<Engine>, config: &Config, tls: Option<&Tls>, health: HealthServer<impl Health>) -> Result<Router> {
+    let listen = &config.listen;
+    let without_tls = listen.tls.is_none() && listen.tcp_without_tls.is_some();
+    let authoriser = Authoriser::new(listen.allow_uids.clone(), listen.allow_gids.clone(), without_tls);
+    let reflection = |error: tonic_reflection::server::Error| Error::internal(Stage::Config, "reflection", "set up reflection").with_source(error);
+    let builder = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTOR_SET);
+    let mut server = Server::builder().http2_keepalive_interval(Some(KEEPALIVE_INTERVAL)).max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX));
+    if let Some(tls) = tls {
+        server = server
+            .tls_config(tls_config(tls)?)
+            .map_err(|error| Error::new(Kind::InvalidRequest, Stage::Config, "listen.tls", "the certificates do not fit").with_source(error))?;
+    }
+    let images = ImageServiceServer::new(Images(Arc::clone(engine))).max_decoding_message_size(MESSAGE_LEN_MAX);
+    let renders = RenderServiceServer::new(Renders(Arc::clone(engine))).max_decoding_message_size(MESSAGE_LEN_MAX);
+    Ok(server
+        .add_service(InterceptedService::new(health, authoriser.clone()))
+        .add_service(InterceptedService::new(builder().build_v1().map_err(reflection)?, authoriser.clone()))
+        .add_service(InterceptedService::new(builder().build_v1alpha().map_err(reflection)?, authoriser.clone()))
+        .add_service(InterceptedService::new(images, authoriser.clone()))
+        .add_service(InterceptedService::new(renders, authoriser.clone()))
+        .add_service(InterceptedService::new(VolumeServiceServer::new(Volumes(Arc::clone(engine))), authoriser.clone()))
+        .add_service(InterceptedService::new(HostServiceServer::new(Hosts(Arc::clone(engine))), authoriser)))
+}
+
+fn tls_config(tls: &Tls) -> Result<ServerTlsConfig> {
+    let read = |path: &Path| fs::read(path).map_err(|error| Error::io(Stage::Config, path.display().to_string(), "read the PEM file", error));
+    Ok(ServerTlsConfig::new()
+        .identity(Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?))
+        .client_ca_root(Certificate::from_pem(read(&tls.client_ca)?)))
+}

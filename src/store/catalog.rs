@@ -1,0 +1,617 @@
+//! The catalogue: SQLite, because an operator can open it, it survives power loss, and nothing here needs more.
+//!
+//! One thread owns the writing connection. Writes that arrive while it is busy are put into one transaction (each under its own savepoint) and share its
+//! flush: hundreds of renders a second cost a few dozen flushes. A caller gets its answer after the flush. Reads use a second connection (WAL: they never wait
+//! for the writer).
+
+use std::{
+    path::Path,
+    sync::{Mutex, mpsc},
+    thread,
+};
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    names::Digest,
+    store::records::{FailureRecord, GoldenRecord, ImageRecord, RenderRecord, RenderState, VolumeRecord},
+};
+
+/// Version of the tables, kept in `user_version`.
+const SCHEMA_VERSION: i64 = 1;
+/// Writes that share one transaction at most, so that the first of them does not wait long.
+const BATCH_LEN_MAX: usize = 256;
+
+const SCHEMA: &str = "
+CREATE TABLE images (
+  id TEXT PRIMARY KEY, manifest TEXT NOT NULL, rootfs_url TEXT, rootfs_digest TEXT, rootfs_size INTEGER, media_type TEXT, created INTEGER NOT NULL
+) STRICT;
+CREATE TABLE blobs (digest TEXT PRIMARY KEY, size INTEGER NOT NULL, created INTEGER NOT NULL, last_used INTEGER NOT NULL) STRICT;
+CREATE TABLE goldens (
+  key TEXT PRIMARY KEY, spec TEXT NOT NULL, image_id TEXT NOT NULL, digest TEXT NOT NULL, allocated INTEGER NOT NULL, built TEXT NOT NULL,
+  created INTEGER NOT NULL, last_used INTEGER NOT NULL
+) STRICT;
+CREATE TABLE renders (
+  id TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, image_id TEXT NOT NULL, instance TEXT, pool TEXT, volume TEXT,
+  state TEXT NOT NULL, stage TEXT NOT NULL, failure TEXT, golden_key TEXT, created_ms INTEGER NOT NULL, started_ms INTEGER, finished_ms INTEGER
+) STRICT;
+CREATE INDEX renders_by_time ON renders (created_ms, id);
+CREATE INDEX renders_by_state ON renders (state);
+CREATE TABLE volumes (
+  pool TEXT NOT NULL, name TEXT NOT NULL, volume TEXT NOT NULL, mapping TEXT NOT NULL, image_id TEXT NOT NULL, render_id TEXT NOT NULL,
+  golden_key TEXT, created INTEGER NOT NULL, PRIMARY KEY (pool, name)
+) STRICT;
+CREATE INDEX volumes_by_time ON volumes (created);
+CREATE INDEX volumes_by_golden ON volumes (golden_key);
+CREATE INDEX volumes_by_render ON volumes (render_id);
+CREATE INDEX volumes_by_image ON volumes (image_id);
+";
+
+/// Answer of [`Catalog::admit_render`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Admitted {
+    /// It is to be run.
+    Started(RenderRecord),
+    /// The key belongs to this render.
+    Existing(RenderRecord),
+}
+
+type Write = Box<dyn FnOnce(&Connection) -> Result<Reply> + Send>;
+type Reply = Box<dyn FnOnce(Result<()>) + Send>;
+
+/// The opened catalogue.
+pub struct Catalog {
+    reader: Mutex<Connection>,
+    writer: Option<mpsc::Sender<Write>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+fn failed(doing: &str) -> impl Fn(rusqlite::Error) -> Error + '_ {
+    move |error| {
+        let kind = match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => Kind::NoSpace,
+            Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => Kind::Corrupt,
+            Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => Kind::Busy,
+            Some(rusqlite::ErrorCode::ReadOnly) => Kind::Conflict,
+            _ => Kind::Internal,
+        };
+        Error::new(kind, Stage::Store, "catalogue", doing.to_owned()).with_source(error)
+    }
+}
+
+fn connect(path: &Path) -> Result<Connection> {
+    let connection = Connection::open(path).map_err(failed("open"))?;
+    connection.busy_timeout(std::time::Duration::from_secs(10)).map_err(failed("set busy timeout"))?;
+    connection.pragma_update(None, "journal_mode", "WAL").map_err(failed("set WAL mode"))?;
+    // FULL: a transaction that was answered survives power loss.
+    connection.pragma_update(None, "synchronous", "FULL").map_err(failed("set synchronous"))?;
+    Ok(connection)
+}
+
+impl Catalog {
+    /// Opens or makes the catalogue at `path`. `Kind::Unsupported` when a newer cloudletd made it.
+    pub fn open(path: &Path) -> Result<Catalog> {
+        let writer = connect(path)?;
+        let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed("read schema version"))?;
+        match version {
+            0 => writer.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")).map_err(failed("make tables"))?,
+            SCHEMA_VERSION => {}
+            other => {
+                return Err(Error::new(
+                    Kind::Unsupported,
+                    Stage::Store,
+                    path.display().to_string(),
+                    format!("the catalogue has schema version {other}, this cloudletd knows {SCHEMA_VERSION}"),
+                )
+                .with_hint("use the cloudletd that wrote it, or a newer one"));
+            }
+        }
+        let reader = connect(path)?;
+        let (sender, receiver) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name("catalogue".into())
+            .spawn(move || write_loop(&writer, &receiver))
+            .map_err(|error| Error::io(Stage::Store, "catalogue", "start the writer thread", error))?;
+        Ok(Catalog { reader: Mutex::new(reader), writer: Some(sender), thread: Some(thread) })
+    }
+
+    fn write<T: Send + 'static>(&self, change: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let job: Write = Box::new(move |connection| {
+            let value = match change(connection) {
+                Ok(value) => value,
+                Err(error) => {
+                    // The answer goes out now; the savepoint is rolled back by the caller.
+                    let _ = sender.send(Err(error));
+                    return Err(Error::new(Kind::Cancelled, Stage::Store, "catalogue", "change refused"));
+                }
+            };
+            Ok(Box::new(move |committed: Result<()>| {
+                let _ = sender.send(committed.map(|()| value));
+            }) as Reply)
+        });
+        let gone = || Error::internal(Stage::Store, "catalogue", "the writer thread is gone");
+        self.writer.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
+        receiver.recv().map_err(|_| gone())?
+    }
+
+    fn read<T>(&self, query: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+        let connection = self.reader.lock().map_err(|_| Error::internal(Stage::Store, "catalogue", "a reader panicked"))?;
+        query(&connection)
+    }
+
+    /// Adds an image; `false` when that id is there already.
+    pub fn insert_image(&self, image: ImageRecord) -> Result<bool> {
+        self.write(move |connection| {
+            let rows = connection
+                .prepare_cached("INSERT INTO images VALUES (?1,?2,?3,?4,?5,?6,?7) ON CONFLICT (id) DO NOTHING")
+                .and_then(|mut statement| {
+                    statement.execute(params![
+                        image.id,
+                        image.manifest,
+                        image.rootfs_url,
+                        image.rootfs_digest.map(|digest| digest.to_string()),
+                        image.rootfs_size.map(|size| size as i64),
+                        image.media_type,
+                        image.created
+                    ])
+                })
+                .map_err(failed("add image"))?;
+            Ok(rows == 1)
+        })
+    }
+
+    /// Notes what the first fetch of an image's root filesystem found.
+    pub fn set_image_rootfs(&self, id: &str, digest: Digest, size: u64) -> Result<()> {
+        let id = id.to_owned();
+        self.write(move |connection| {
+            connection
+                .execute("UPDATE images SET rootfs_digest=?2, rootfs_size=?3 WHERE id=?1", params![id, digest.to_string(), size as i64])
+                .map_err(failed("update image"))?;
+            Ok(())
+        })
+    }
+
+    /// One image.
+    pub fn image(&self, id: &str) -> Result<Option<ImageRecord>> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT * FROM images WHERE id=?1")
+                .and_then(|mut statement| statement.query_row([id], image_of).optional())
+                .map_err(failed("read image"))
+        })
+    }
+
+    /// Images, newest first, after skipping `offset`.
+    pub fn images(&self, limit: u32, offset: u64) -> Result<Vec<ImageRecord>> {
+        self.read(|connection| {
+            all(connection, "SELECT * FROM images ORDER BY created DESC, id LIMIT ?1 OFFSET ?2", params![limit, offset as i64], image_of)
+        })
+    }
+
+    /// Removes an image's row, unless a volume was made from it: then `Kind::Conflict`.
+    pub fn delete_image(&self, id: &str) -> Result<bool> {
+        let id = id.to_owned();
+        self.write(move |connection| {
+            let volumes: i64 = connection
+                .query_row("SELECT count(*) FROM volumes WHERE image_id=?1", [&id], |row| row.get(0))
+                .map_err(failed("count volumes of image"))?;
+            if volumes > 0 {
+                return Err(Error::new(Kind::Conflict, Stage::Store, id, format!("{volumes} volumes were made from it")).with_reason("IMAGE_IN_USE"));
+            }
+            connection.execute("DELETE FROM images WHERE id=?1", [&id]).map(|rows| rows > 0).map_err(failed("delete image"))
+        })
+    }
+
+    /// Adds or refreshes a blob.
+    pub fn put_blob(&self, digest: Digest, size: u64, now: i64) -> Result<()> {
+        self.write(move |connection| {
+            connection
+                .execute(
+                    "INSERT INTO blobs VALUES (?1,?2,?3,?3) ON CONFLICT (digest) DO UPDATE SET last_used=?3",
+                    params![digest.to_string(), size as i64, now],
+                )
+                .map_err(failed("add blob"))?;
+            Ok(())
+        })
+    }
+
+    /// Size of a blob, if the catalogue has it.
+    pub fn blob_size(&self, digest: Digest) -> Result<Option<u64>> {
+        self.read(|connection| {
+            connection
+                .query_row("SELECT size FROM blobs WHERE digest=?1", [digest.to_string()], |row| row.get::<_, i64>(0))
+                .optional()
+                .map(|size| size.map(|size| size as u64))
+                .map_err(failed("read blob"))
+        })
+    }
+
+    /// Adds a golden that is complete in the store.
+    pub fn put_golden(&self, golden: GoldenRecord) -> Result<()> {
+        self.write(move |connection| {
+            connection
+                .execute(
+                    "INSERT OR REPLACE INTO goldens VALUES (?1,?2,?3,?4,?5,?6,?7,?8)",
+                    params![
+                        golden.key.hex(),
+                        json(&golden.spec)?,
+                        golden.image_id,
+                        golden.digest.to_string(),
+                        golden.allocated as i64,
+                        json(&golden.built)?,
+                        golden.created,
+                        golden.last_used
+                    ],
+                )
+                .map_err(failed("add golden"))?;
+            Ok(())
+        })
+    }
+
+    /// One golden.
+    pub fn golden(&self, key: Digest) -> Result<Option<GoldenRecord>> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT * FROM goldens WHERE key=?1")
+                .and_then(|mut statement| statement.query_row([key.hex()], golden_of).optional())
+                .map_err(failed("read golden"))
+        })
+    }
+
+    /// Goldens, newest first, each with the number of volumes backed by it.
+    pub fn goldens(&self, image_id: Option<&str>) -> Result<Vec<(GoldenRecord, u32)>> {
+        self.read(|connection| {
+            all(
+                connection,
+                "SELECT *, (SELECT count(*) FROM volumes WHERE volumes.golden_key = goldens.key) FROM goldens
+                 WHERE ?1 IS NULL OR image_id=?1 ORDER BY created DESC, key",
+                params![image_id],
+                |row| Ok((golden_of(row)?, row.get::<_, u32>(8)?)),
+            )
+        })
+    }
+
+    /// Forgets a golden, unless a volume is backed by it: then `Kind::Conflict`.
+    pub fn delete_golden(&self, key: Digest) -> Result<bool> {
+        self.write(move |connection| {
+            let volumes: i64 = connection
+                .query_row("SELECT count(*) FROM volumes WHERE golden_key=?1", [key.hex()], |row| row.get(0))
+                .map_err(failed("count volumes of golden"))?;
+            if volumes > 0 {
+                return Err(Error::new(Kind::Conflict, Stage::Store, key.hex(), format!("{volumes} volumes are backed by this golden image"))
+                    .with_reason("GOLDEN_IN_USE"));
+            }
+            connection.execute("DELETE FROM goldens WHERE key=?1", [key.hex()]).map(|rows| rows > 0).map_err(failed("delete golden"))
+        })
+    }
+
+    /// Admits a render under its idempotency key. A key that is free, or whose render failed or was cancelled and had the same spec, starts it (again: under the
+    /// id it had); otherwise the render that has the key is returned untouched.
+    pub fn admit_render(&self, render: RenderRecord) -> Result<Admitted> {
+        self.write(move |connection| {
+            let existing = connection
+                .prepare_cached("SELECT * FROM renders WHERE key=?1")
+                .and_then(|mut statement| statement.query_row([&render.key], render_of).optional())
+                .map_err(failed("look up idempotency key"))?;
+            match existing {
+                Some(existing) => {
+                    let ended_without_volume = matches!(existing.state, RenderState::Failed | RenderState::Cancelled);
+                    if !ended_without_volume || existing.spec != render.spec {
+                        return Ok(Admitted::Existing(existing));
+                    }
+                    let again = RenderRecord { id: existing.id, ..render };
+                    save_render(connection, &again)?;
+                    Ok(Admitted::Started(again))
+                }
+                None => {
+                    save_render(connection, &render)?;
+                    Ok(Admitted::Started(render))
+                }
+            }
+        })
+    }
+
+    /// Marks every render that a stopped daemon left queued or running as failed; returns how many there were.
+    pub fn fail_interrupted(&self, failure: FailureRecord, now_ms: i64) -> Result<usize> {
+        self.write(move |connection| {
+            connection
+                .execute(
+                    "UPDATE renders SET state='failed', failure=?1, finished_ms=?2 WHERE state IN ('queued','running')",
+                    params![json(&failure)?, now_ms],
+                )
+                .map_err(failed("fail interrupted renders"))
+        })
+    }
+
+    /// Replaces a render's row.
+    pub fn update_render(&self, render: RenderRecord) -> Result<()> {
+        self.write(move |connection| save_render(connection, &render))
+    }
+
+    /// One render by id.
+    pub fn render(&self, id: &str) -> Result<Option<RenderRecord>> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT * FROM renders WHERE id=?1")
+                .and_then(|mut statement| statement.query_row([id], render_of).optional())
+                .map_err(failed("read render"))
+        })
+    }
+
+    /// The render that has an idempotency key.
+    pub fn render_by_key(&self, key: &str) -> Result<Option<RenderRecord>> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT * FROM renders WHERE key=?1")
+                .and_then(|mut statement| statement.query_row([key], render_of).optional())
+                .map_err(failed("read render by key"))
+        })
+    }
+
+    /// Renders, newest first, of one state or all.
+    pub fn renders(&self, state: Option<RenderState>, limit: u32, offset: u64) -> Result<Vec<RenderRecord>> {
+        self.read(|connection| {
+            all(
+                connection,
+                "SELECT * FROM renders WHERE ?1 IS NULL OR state=?1 ORDER BY created_ms DESC, id LIMIT ?2 OFFSET ?3",
+                params![state.map(RenderState::name), limit, offset as i64],
+                render_of,
+            )
+        })
+    }
+
+    /// Adds a volume and its render's final row in one transaction: both or neither survive. `Kind::AlreadyExists` when the catalogue has that volume.
+    pub fn finish_render(&self, volume: VolumeRecord, render: RenderRecord) -> Result<()> {
+        self.write(move |connection| {
+            let taken = |error: rusqlite::Error| match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::ConstraintViolation) => Error::new(
+                    Kind::AlreadyExists,
+                    Stage::Store,
+                    format!("{}/{}", volume.volume.pool, volume.volume.name),
+                    "the catalogue has this volume already",
+                )
+                .with_reason("VOLUME_EXISTS"),
+                _ => failed("add volume")(error),
+            };
+            connection
+                .prepare_cached("INSERT INTO volumes VALUES (?1,?2,?3,?4,?5,?6,?7,?8)")
+                .map_err(failed("prepare adding a volume"))?
+                .execute(params![
+                    volume.volume.pool.as_str(),
+                    volume.volume.name.as_str(),
+                    json(&volume.volume)?,
+                    json(&volume.mapping)?,
+                    volume.mapping.image_id,
+                    volume.mapping.render_id,
+                    volume.golden_key.map(|key| key.hex()),
+                    volume.created
+                ])
+                .map_err(taken)?;
+            save_render(connection, &render)
+        })
+    }
+
+    /// Replaces the stored form of a volume, after it was re-adopted.
+    pub fn update_volume(&self, record: VolumeRecord) -> Result<()> {
+        self.write(move |connection| {
+            connection
+                .execute(
+                    "UPDATE volumes SET volume=?3, mapping=?4 WHERE pool=?1 AND name=?2",
+                    params![record.volume.pool.as_str(), record.volume.name.as_str(), json(&record.volume)?, json(&record.mapping)?],
+                )
+                .map_err(failed("update volume"))?;
+            Ok(())
+        })
+    }
+
+    /// One volume.
+    pub fn volume(&self, pool: &str, name: &str) -> Result<Option<VolumeRecord>> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT * FROM volumes WHERE pool=?1 AND name=?2")
+                .and_then(|mut statement| statement.query_row([pool, name], volume_of).optional())
+                .map_err(failed("read volume"))
+        })
+    }
+
+    /// The volume that a render made.
+    pub fn volume_of_render(&self, render_id: &str) -> Result<Option<VolumeRecord>> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT * FROM volumes WHERE render_id=?1")
+                .and_then(|mut statement| statement.query_row([render_id], volume_of).optional())
+                .map_err(failed("read volume of render"))
+        })
+    }
+
+    /// Volumes, newest first, of one pool or all.
+    pub fn volumes(&self, pool: Option<&str>, limit: u32, offset: u64) -> Result<Vec<VolumeRecord>> {
+        self.read(|connection| {
+            all(
+                connection,
+                "SELECT * FROM volumes WHERE ?1 IS NULL OR pool=?1 ORDER BY created DESC, pool, name LIMIT ?2 OFFSET ?3",
+                params![pool, limit, offset as i64],
+                volume_of,
+            )
+        })
+    }
+
+    /// Volumes of one format, for re-adoption at start.
+    pub fn volumes_of_format(&self, format: crate::target::VolumeFormat) -> Result<Vec<VolumeRecord>> {
+        self.read(|connection| {
+            all(connection, "SELECT * FROM volumes WHERE json_extract(volume, '$.format')=?1 ORDER BY created", params![format.name()], volume_of)
+        })
+    }
+
+    /// Forgets a volume.
+    pub fn delete_volume(&self, pool: &str, name: &str) -> Result<bool> {
+        let (pool, name) = (pool.to_owned(), name.to_owned());
+        self.write(move |connection| {
+            connection.execute("DELETE FROM volumes WHERE pool=?1 AND name=?2", [pool, name]).map(|rows| rows > 0).map_err(failed("delete volume"))
+        })
+    }
+}
+
+impl Drop for Catalog {
+    fn drop(&mut self) {
+        // Closing the channel ends the thread after what is queued.
+        self.writer = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn write_loop(connection: &Connection, receiver: &mpsc::Receiver<Write>) {
+    while let Ok(first) = receiver.recv() {
+        let mut batch = vec![first];
+        while batch.len() < BATCH_LEN_MAX {
+            match receiver.try_recv() {
+                Ok(next) => batch.push(next),
+                Err(_) => break,
+            }
+        }
+        if let Err(error) = connection.execute_batch("BEGIN IMMEDIATE") {
+            // Dropping the batch answers every caller that the writer failed; the cause goes to the log.
+            tracing::error!(%error, "the catalogue can't begin a transaction");
+            continue;
+        }
+        let mut replies = Vec::with_capacity(batch.len());
+        for change in batch {
+            if connection.execute_batch("SAVEPOINT change").is_err() {
+                break;
+            }
+            let end = match change(connection) {
+                Ok(reply) => {
+                    replies.push(reply);
+                    "RELEASE change"
+                }
+                Err(_) => "ROLLBACK TO change; RELEASE change",
+            };
+            if let Err(error) = connection.execute_batch(end) {
+                tracing::error!(%error, "the catalogue can't end a savepoint");
+            }
+        }
+        let committed = connection.execute_batch("COMMIT");
+        if committed.is_err() {
+            let _ = connection.execute_batch("ROLLBACK");
+        }
+        for reply in replies {
+            reply(match &committed {
+                Ok(()) => Ok(()),
+                Err(error) => Err(Error::new(Kind::Internal, Stage::Store, "catalogue", format!("commit: {error}"))),
+            });
+        }
+    }
+}
+
+fn save_render(connection: &Connection, render: &RenderRecord) -> Result<()> {
+    let (pool, volume) = match &render.volume {
+        Some((pool, volume)) => (Some(pool), Some(volume)),
+        None => (None, None),
+    };
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO renders VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14)")
+        .map_err(failed("prepare saving a render"))?
+        .execute(params![
+            render.id,
+            render.key,
+            render.spec.to_string(),
+            render.image_id,
+            render.instance,
+            pool,
+            volume,
+            render.state.name(),
+            render.stage,
+            render.failure.as_ref().map(json).transpose()?,
+            render.golden_key.map(|key| key.hex()),
+            render.created_ms,
+            render.started_ms,
+            render.finished_ms
+        ])
+        .map(|_| ())
+        .map_err(failed("save render"))
+}
+
+fn all<T>(connection: &Connection, sql: &str, params: impl rusqlite::Params, row: fn(&Row<'_>) -> rusqlite::Result<T>) -> Result<Vec<T>> {
+    let mut statement = connection.prepare_cached(sql).map_err(failed("prepare a list"))?;
+    let rows = statement.query_map(params, row).map_err(failed("list"))?;
+    rows.collect::<rusqlite::Result<Vec<T>>>().map_err(failed("read a list"))
+}
+
+fn json<T: serde::Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|error| Error::internal(Stage::Store, "catalogue", "encode a row").with_source(error))
+}
+
+/// Reads column `index` as whatever its text parses to.
+fn parsed<T, E>(row: &Row<'_>, index: usize, parse: impl Fn(&str) -> Result<T, E>) -> rusqlite::Result<Option<T>>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let text: Option<String> = row.get(index)?;
+    text.map(|text| parse(&text).map_err(|error| rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, error.into())))
+        .transpose()
+}
+
+fn required<T>(index: usize, value: Option<T>) -> rusqlite::Result<T> {
+    value.ok_or(rusqlite::Error::InvalidColumnType(index, "not null".into(), rusqlite::types::Type::Null))
+}
+
+/// Reads column `index`, which is never null, as JSON.
+fn json_column<T: serde::de::DeserializeOwned>(row: &Row<'_>, index: usize) -> rusqlite::Result<T> {
+    required(index, parsed(row, index, |text| serde_json::from_str(text))?)
+}
+
+fn hex_digest(text: &str) -> Result<Digest, String> {
+    format!("sha256:{text}").parse()
+}
+
+fn image_of(row: &Row<'_>) -> rusqlite::Result<ImageRecord> {
+    Ok(ImageRecord {
+        id: row.get(0)?,
+        manifest: row.get(1)?,
+        rootfs_url: row.get(2)?,
+        rootfs_digest: parsed(row, 3, str::parse::<Digest>)?,
+        rootfs_size: row.get::<_, Option<i64>>(4)?.map(|size| size as u64),
+        media_type: row.get(5)?,
+        created: row.get(6)?,
+    })
+}
+
+fn golden_of(row: &Row<'_>) -> rusqlite::Result<GoldenRecord> {
+    Ok(GoldenRecord {
+        key: required(0, parsed(row, 0, hex_digest)?)?,
+        spec: json_column(row, 1)?,
+        image_id: row.get(2)?,
+        digest: required(3, parsed(row, 3, str::parse::<Digest>)?)?,
+        allocated: row.get::<_, i64>(4)? as u64,
+        built: json_column(row, 5)?,
+        created: row.get(6)?,
+        last_used: row.get(7)?,
+    })
+}
+
+fn render_of(row: &Row<'_>) -> rusqlite::Result<RenderRecord> {
+    let (pool, volume): (Option<String>, Option<String>) = (row.get(5)?, row.get(6)?);
+    Ok(RenderRecord {
+        id: row.get(0)?,
+        key: row.get(1)?,
+        spec: json_column(row, 2)?,
+        image_id: row.get(3)?,
+        instance: row.get(4)?,
+        volume: pool.zip(volume),
+        state: required(7, parsed(row, 7, |text| serde_json::from_value(serde_json::Value::String(text.to_owned())))?)?,
+        stage: row.get(8)?,
+        failure: parsed(row, 9, |text| serde_json::from_str(text))?,
+        golden_key: parsed(row, 10, hex_digest)?,
+        created_ms: row.get(11)?,
+        started_ms: row.get(12)?,
+        finished_ms: row.get(13)?,
+    })
+}
+
+fn volume_of(row: &Row<'_>) -> rusqlite::Result<VolumeRecord> {
+    Ok(VolumeRecord { volume: json_column(row, 2)?, mapping: json_column(row, 3)?, golden_key: parsed(row, 6, hex_digest)?, created: row.get(7)? })
+}

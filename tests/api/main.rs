@@ -1,0 +1,7 @@
+//! The API tier: a real server in this process on a unix socket, the generated client, a real store in a temporary directory. No root, no network.
+
+mod errors;
+mod images;
+mod lifecycle;
+mod renders;
+mod support;
