@@ -359,6 +359,17 @@ fn presets_are_made_into_links_because_a_machine_id_ends_the_first_boot() {
 }
 
 #[test]
+fn a_preset_never_beats_a_link_that_starts_another_tool() {
+    let mut facts = guest_trees::debian_ifupdown();
+    put(&mut facts, "/etc/machine-id", &Is::Text(""));
+    put(&mut facts, "/usr/lib/systemd/systemd-networkd", &Is::Present);
+    put(&mut facts, "/usr/lib/systemd/system/systemd-networkd.service", &Is::Present);
+    put(&mut facts, "/usr/lib/systemd/system-preset/90-systemd.preset", &Is::Text("enable systemd-networkd.service\n"));
+    let injection = with(&facts, one_nic(json!({})), &[]);
+    assert_eq!(injection.report.network.as_ref().expect("network").backend, "ifupdown");
+}
+
+#[test]
 fn fstab_names_the_root_and_reports_devices_of_the_build_machine() {
     let mut facts = guest_trees::debian_ifupdown();
     put(&mut facts, "/etc/fstab", &Is::Text("UUID=old / ext4 noatime 0 1\nUUID=esp /boot/efi vfat umask=0077 0 1\n/dev/sdb /data ext4 nofail 0 2\n"));

@@ -47,14 +47,11 @@ impl NetRenderer for Ifupdown {
         if !present(facts, "/usr/sbin/ifup") && !present(facts, "/usr/bin/ifup") {
             return Presence::Absent;
         }
-        if has_systemd(facts)
-            && let State::Enabled(link) | State::Preset(link) = unit_state(facts, "networking.service")
-        {
-            return Presence::Enabled(format!("{link} starts ifup"));
-        }
-        match init_script_links(facts, "networking").into_iter().next() {
-            Some(link) => Presence::Enabled(format!("{link} starts ifup")),
-            None => Presence::Installed("ifup is in the image, nothing starts it".into()),
+        let unit = if has_systemd(facts) { unit_state(facts, "networking.service") } else { State::Absent };
+        match (unit, init_script_links(facts, "networking").into_iter().next()) {
+            (State::Enabled(link), _) | (_, Some(link)) => Presence::Enabled(format!("{link} starts ifup")),
+            (State::Preset(file), None) => Presence::Preset(format!("{file} would enable ifup at the first boot")),
+            (State::Disabled | State::Absent, None) => Presence::Installed("ifup is in the image, nothing starts it".into()),
         }
     }
 
@@ -302,7 +299,7 @@ fn check_clients(network: &Network, facts: &GuestFacts, flavour: Flavour, warnin
 
 /// Makes the guest run ifup at boot when it does not do so yet.
 fn enable(facts: &GuestFacts, rendered: &mut Rendered) {
-    if matches!(Ifupdown.presence(facts), Presence::Enabled(_)) && !matches!(unit_state(facts, "networking.service"), State::Preset(_)) {
+    if matches!(Ifupdown.presence(facts), Presence::Enabled(_)) {
         return;
     }
     let why = "starts ifup at boot".to_owned();

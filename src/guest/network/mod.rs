@@ -43,6 +43,9 @@ pub enum Presence {
     Absent,
     /// Its program is there but nothing starts it; the text names what was found.
     Installed(String),
+    /// It is there, and a preset would start it at a first boot; the text names the preset. Weaker than a link: Debian's systemd brings a preset for
+    /// networkd, whatever the image uses.
+    Preset(String),
     /// It is there and the guest starts it; the text names what decides.
     Enabled(String),
 }
@@ -117,8 +120,8 @@ pub fn renderer(kind: BackendKind) -> &'static dyn NetRenderer {
     }
 }
 
-/// Picks the back-end: the one asked for if it is installed, else the first that the guest starts, else the first that is installed. `None` when
-/// the tree has no network tooling.
+/// Picks the back-end: the one asked for if it is installed, else the first that the guest starts, else the first that a preset would start, else the
+/// first that is installed. `None` when the tree has no network tooling.
 pub fn choose(network: &Network, facts: &GuestFacts) -> Result<Option<(&'static dyn NetRenderer, String)>> {
     if let Some(kind) = network.backend {
         let renderer = renderer(kind);
@@ -127,7 +130,7 @@ pub fn choose(network: &Network, facts: &GuestFacts) -> Result<Option<(&'static 
                 let message = format!("{} is asked for but the image does not contain it", kind.name());
                 Err(Error::field(Stage::Inject, "network.backend", message).with_reason("BACKEND_NOT_IN_IMAGE"))
             }
-            Presence::Installed(what) | Presence::Enabled(what) => Ok(Some((renderer, format!("asked for; {what}")))),
+            Presence::Installed(what) | Presence::Preset(what) | Presence::Enabled(what) => Ok(Some((renderer, format!("asked for; {what}")))),
         };
     }
     let found: Vec<_> = PREFERENCE.iter().map(|renderer| (*renderer, renderer.presence(facts))).collect();
@@ -135,13 +138,19 @@ pub fn choose(network: &Network, facts: &GuestFacts) -> Result<Option<(&'static 
         Presence::Enabled(why) => Some((*renderer, why.clone())),
         _ => None,
     });
+    let preset = || {
+        found.iter().find_map(|(renderer, presence)| match presence {
+            Presence::Preset(why) => Some((*renderer, format!("{why}; nothing else is there that the guest starts"))),
+            _ => None,
+        })
+    };
     let installed = || {
         found.iter().find_map(|(renderer, presence)| match presence {
             Presence::Installed(why) => Some((*renderer, format!("{why}; nothing else is there that the guest starts"))),
             _ => None,
         })
     };
-    Ok(enabled.or_else(installed))
+    Ok(enabled.or_else(preset).or_else(installed))
 }
 
 /// Writes the network into the plan. `Kind::Unsupported` with reason `NO_NETWORK_BACKEND` when the image has nothing to configure interfaces with.

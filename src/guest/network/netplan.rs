@@ -55,10 +55,15 @@ impl NetRenderer for Netplan {
 
 /// networkd, which netplan starts by itself, unless the image is one that runs NetworkManager instead (a desktop).
 fn daemon(facts: &GuestFacts) -> &'static str {
-    let runs = |unit| matches!(unit_state(facts, unit), State::Enabled(_) | State::Preset(_));
+    // A link says more than a preset: Debian's systemd has a preset for networkd, whatever the image uses.
+    let claim = |unit| match unit_state(facts, unit) {
+        State::Enabled(_) => 2,
+        State::Preset(_) => 1,
+        State::Disabled | State::Absent => 0,
+    };
     let networkd = present(facts, "/usr/lib/systemd/systemd-networkd");
     let manager = present(facts, "/usr/sbin/NetworkManager");
-    if manager && (!networkd || (runs("NetworkManager.service") && !runs("systemd-networkd.service"))) { "NetworkManager" } else { "networkd" }
+    if manager && (!networkd || claim("NetworkManager.service") > claim("systemd-networkd.service")) { "NetworkManager" } else { "networkd" }
 }
 
 fn ethernet(yaml: &mut Yaml, interface: &Interface, dns: &LinkDns<'_>) {

@@ -44,7 +44,7 @@ impl NetRenderer for NetworkManager {
         }
         match unit_state(facts, UNIT) {
             State::Enabled(link) => Presence::Enabled(format!("{link} starts NetworkManager")),
-            State::Preset(file) => Presence::Enabled(format!("{file} would enable NetworkManager at the first boot")),
+            State::Preset(file) => Presence::Preset(format!("{file} would enable NetworkManager at the first boot")),
             State::Disabled => Presence::Installed("NetworkManager is in the image, not enabled".into()),
             State::Absent if has_systemd(facts) => Presence::Absent,
             State::Absent => Presence::Installed("NetworkManager is in the image".into()),

@@ -39,7 +39,7 @@ impl NetRenderer for Networkd {
         }
         match unit_state(facts, UNIT) {
             State::Enabled(link) => Presence::Enabled(format!("{link} starts systemd-networkd")),
-            State::Preset(file) => Presence::Enabled(format!("{file} would enable systemd-networkd at the first boot")),
+            State::Preset(file) => Presence::Preset(format!("{file} would enable systemd-networkd at the first boot")),
             State::Disabled => Presence::Installed("systemd-networkd is in the image, not enabled".into()),
             State::Absent => Presence::Absent,
         }
