@@ -50,7 +50,7 @@ pub struct Listen {
     pub unix: PathBuf,
     /// Users that may call on the unix socket. Root always may.
     pub allow_uids: BTreeSet<u32>,
-    /// Groups (primary group of the caller) that may call on the unix socket.
+    /// Groups that may call on the unix socket: the caller's own, or one that the host's user database puts the caller in.
     pub allow_gids: BTreeSet<u32>,
     /// Address and port to listen on besides, e.g. `127.0.0.1:7443`. Default: none.
     pub tcp: Option<std::net::SocketAddr>,

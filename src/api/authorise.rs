@@ -1,6 +1,8 @@
 //! Who may call. The unix socket identifies callers by their peer credentials (SO_PEERCRED, unix(7)), TCP by client certificate. Default is deny.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, ffi::CString};
+
+use nix::unistd::{Uid, User, getgrouplist};
 
 use tonic::{
     Request, Status,
@@ -25,7 +27,17 @@ impl Authoriser {
     }
 
     fn unix_allowed(&self, uid: u32, gid: u32) -> bool {
-        uid == 0 || uid == self.own_uid || self.uids.contains(&uid) || self.gids.contains(&gid)
+        uid == 0 || uid == self.own_uid || self.uids.contains(&uid) || self.gids.contains(&gid) || self.is_member(uid)
+    }
+
+    /// Whether the user's further groups, as the host's user database has them, let the caller in; peer credentials hold the primary group only.
+    fn is_member(&self, uid: u32) -> bool {
+        if self.gids.is_empty() {
+            return false;
+        }
+        let Ok(Some(user)) = User::from_uid(Uid::from_raw(uid)) else { return false };
+        let Ok(name) = CString::new(user.name) else { return false };
+        getgrouplist(&name, user.gid).is_ok_and(|groups| groups.iter().any(|group| self.gids.contains(&group.as_raw())))
     }
 }
 

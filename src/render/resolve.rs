@@ -140,12 +140,16 @@ impl Engine {
             (None, Some(url)) => url.clone(),
             (None, None) => String::new(),
         };
+        let size = match (rootfs.and_then(|rootfs| rootfs.size), &digest) {
+            (None, Some(digest)) => self.store.catalog.blob_size(*digest)?,
+            (size, _) => size,
+        };
         let record = ImageRecord {
             id: ImageId::derive(&manifest, &identity).to_string(),
             manifest: manifest_json.to_owned(),
             rootfs_url: url,
             rootfs_digest: digest,
-            rootfs_size: rootfs.and_then(|rootfs| rootfs.size),
+            rootfs_size: size,
             media_type: rootfs.and_then(|rootfs| rootfs.media_type.clone()),
             created: now_secs(),
         };

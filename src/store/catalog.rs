@@ -5,6 +5,7 @@
 //! for the writer).
 
 use std::{
+    os::unix::fs::OpenOptionsExt,
     path::Path,
     sync::{Mutex, mpsc},
     thread,
@@ -81,6 +82,9 @@ fn failed(doing: &str) -> impl Fn(rusqlite::Error) -> Error + '_ {
 }
 
 fn connect(path: &Path) -> Result<Connection> {
+    // Nobody else may read it: SQLite gives the files beside it the same mode.
+    let made = std::fs::File::options().create(true).append(true).mode(0o600).open(path);
+    made.map_err(|error| Error::io(Stage::Store, path.display().to_string(), "open the catalogue", error))?;
     let connection = Connection::open(path).map_err(failed("open"))?;
     connection.busy_timeout(std::time::Duration::from_secs(10)).map_err(failed("set busy timeout"))?;
     connection.pragma_update(None, "journal_mode", "WAL").map_err(failed("set WAL mode"))?;

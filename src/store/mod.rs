@@ -21,7 +21,7 @@ pub mod records;
 
 use std::{
     fs::{self, File},
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -45,14 +45,10 @@ impl Store {
     ///
     /// `Kind::Busy` when another daemon has it.
     pub fn open(dir: &Path) -> Result<Store> {
-        for sub in ["", "blobs", "goldens", "tmp"] {
+        // QEMU runs as another user and must be able to open goldens by path, but nobody may list them.
+        for (sub, mode) in [("", 0o711), ("goldens", 0o711), ("blobs", 0o700), ("tmp", 0o700)] {
             let path = if sub.is_empty() { dir.to_path_buf() } else { dir.join(sub) };
-            // 0711: QEMU runs as another user and must be able to open goldens by path.
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o711)
-                .create(&path)
-                .map_err(|error| Error::io(Stage::Store, path.display().to_string(), "make directory", error))?;
+            make_dir(&path, mode).map_err(|error| Error::io(Stage::Store, path.display().to_string(), "make directory", error))?;
         }
         let lock_path = dir.join("lock");
         let file = File::options()
@@ -98,6 +94,15 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Makes a directory with exactly this mode, whatever the umask; one that is there keeps the mode it has.
+fn make_dir(path: &Path, mode: u32) -> std::io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
 }
 
 /// Flushes a directory, so that a rename in it survives power loss.
