@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# usage: test.sh
+# Everything that has to hold before a change goes in, on a Debian machine with root: formatting, lints, protocol files, shell scripts, units,
+# and all tests: unit, api, root_* (loop devices, mounts, mkfs) and boot_* (QEMU). Installs what it needs. Ends with cargo's own closing lines.
+# Everything it makes is kept below target/ (or $CARGO_TARGET_DIR and $CLOUDLETD_FIXTURES): a second run is minutes shorter.
+
+set -euo pipefail
+[[ ${1:-} != --help ]] || { sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0; }
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+step() {
+    printf '\n== %s (%d s)\n' "$*" "$SECONDS"
+}
+
+[[ $EUID -eq 0 ]] || { echo "test.sh: the root_* and boot_* tests need root" >&2; exit 1; }
+PATH=$PATH:/usr/sbin:/sbin
+
+step "packages and tools"
+scripts/setup-debian.sh --test
+step "format"
+cargo fmt --check
+step "shell scripts"
+while read -r script; do
+    bash -n "$script"
+done < <(find scripts .ci -type f)
+find scripts .ci -type f -print0 | xargs --null shellcheck --external-sources --source-path=.
+shellcheck --shell=sh tests/common/boot/*.sh
+scripts/tools.sh
+step "protocol files"
+(cd proto && ../target/tools/node_modules/.bin/buf lint)
+step "lints"
+# The same profile as the tests, so that build scripts and macros are built once.
+cargo clippy --locked --profile ci --all-targets -- --deny warnings
+step "root filesystems"
+scripts/fixtures.sh
+step "build"
+cargo test --locked --profile ci --no-run
+binary=${CARGO_TARGET_DIR:-target}/ci/cloudletd
+step "configuration and units"
+"$binary" config check systemd/cloudletd.toml.example
+# The units name /usr/bin/cloudletd; verify wants the program to exist.
+units=$(mktemp --directory)
+trap 'rm --recursive --force "$units"' EXIT
+cp systemd/cloudletd.socket "$units"
+sed "s|/usr/bin/cloudletd|$(realpath "$binary")|" systemd/cloudletd.service >"$units/cloudletd.service"
+systemd-analyze verify --man=no "$units/cloudletd.service" "$units/cloudletd.socket"
+step "tests"
+cargo test --locked --profile ci
