@@ -56,16 +56,21 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let (stop, stopping) = watch::channel(false);
     let mut tasks = tokio::task::JoinSet::new();
     let (unix, bound) = unix_listener(&config.listen.unix, !config.listen.allow_uids.is_empty() || !config.listen.allow_gids.is_empty())?;
+    let tcp = match config.listen.tcp {
+        Some(address) => {
+            let listener = TcpListener::bind(address).await;
+            Some(listener.map_err(|error| Error::io(Stage::Config, address.to_string(), "listen on TCP", error))?)
+        }
+        None => None,
+    };
     let health = health_service().await;
-    let router = router(&engine, &config, None, health.clone())?;
-    let wait = until(stopping.clone());
-    tasks.spawn(async move { router.serve_with_incoming_shutdown(UnixListenerStream::new(unix), wait).await });
-    if let Some(address) = config.listen.tcp {
-        let listener = TcpListener::bind(address).await.map_err(|error| Error::io(Stage::Config, address.to_string(), "listen on TCP", error))?;
-        let router = self::router(&engine, &config, config.listen.tls.as_ref(), health)?;
-        let wait = until(stopping);
-        tasks.spawn(async move { router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), wait).await });
+    if let Some(tcp) = tcp {
+        let router = router(&engine, &config, config.listen.tls.as_ref(), health.clone())?;
+        let wait = until(stopping.clone());
+        tasks.spawn(async move { router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), wait).await });
     }
+    let router = router(&engine, &config, None, health)?;
+    tasks.spawn(async move { router.serve_with_incoming_shutdown(UnixListenerStream::new(unix), until(stopping)).await });
     tracing::info!(
         socket = %config.listen.unix.display(),
         tcp = config.listen.tcp.map(tracing::field::display),

@@ -230,7 +230,6 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
         "format": spec.format,
         "size_bytes": spec.size_bytes,
         "overwrite": spec.overwrite,
-        "cmdline": spec.cmdline,
         "golden": spec.golden.as_ref().map(|golden| json!({
             "filesystem": golden.filesystem, "layout": golden.layout, "size_bytes": golden.size_bytes, "profile": golden.profile,
         })),

@@ -53,10 +53,13 @@ pub fn inject(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolde
     let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem };
     let secret_args = render.args.keys().filter(|name| resolved.image.manifest.is_secret_arg(name)).cloned().collect();
     // What is recorded in the guest are the args as they were used, defaults included.
-    let config = &InstanceConfig { args: render.args.clone(), ..config.clone() };
+    let mut config = InstanceConfig { args: render.args.clone(), ..config.clone() };
+    if let Some(network) = &mut config.network {
+        network.backend = network.backend.or(resolved.image.manifest.network_backend());
+    }
     let inputs = guest::Inputs {
         facts: &golden.facts,
-        config,
+        config: &config,
         identity: &identity,
         claimed: &claimed,
         secret_args: &secret_args,

@@ -47,9 +47,8 @@ impl Job {
         Snapshot { record: self.record.borrow().clone(), reading: Some(self.progress.reading()) }
     }
 
-    fn update(&self, change: impl FnOnce(&mut RenderRecord)) -> RenderRecord {
+    fn update(&self, change: impl FnOnce(&mut RenderRecord)) {
         self.record.send_modify(change);
-        self.record.borrow().clone()
     }
 }
 
@@ -89,8 +88,7 @@ impl Engine {
         let snapshot = job.snapshot();
         let engine = Arc::clone(self);
         tokio::spawn(async move {
-            engine.run(&job, resolved).await;
-            drop(reservation);
+            engine.run(&job, resolved, reservation).await;
         });
         Ok(Started { snapshot, created: true })
     }
@@ -186,15 +184,16 @@ impl Engine {
         })
     }
 
-    async fn run(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved) {
+    async fn run(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved, reservation: Option<Reservation>) {
         let started = std::time::Instant::now();
         let id = job.record.borrow().id.clone();
         let result = self.stages(job, resolved).await;
         let stage = job.progress.reading().stage.map_or("resolve", Stage::name);
-        match result {
+        let record = match result {
             // The stages recorded the end together with the volume.
-            Ok(()) => {
+            Ok(record) => {
                 tracing::info!(render = %id, ms = started.elapsed().as_millis() as u64, "render succeeded");
+                record
             }
             Err(error) => {
                 let cancelled = error.kind() == Kind::Cancelled;
@@ -203,22 +202,26 @@ impl Engine {
                 } else {
                     tracing::error!(render = %id, stage, error = %error.chain(), "render failed");
                 }
-                let record = job.update(|record| {
-                    record.state = if cancelled { RenderState::Cancelled } else { RenderState::Failed };
-                    record.stage = stage.to_owned();
-                    record.failure = Some(failure_of(&error));
-                    record.finished_ms = Some(now_ms());
-                });
-                let engine = Arc::clone(self);
-                if let Err(error) = blocking(Stage::Store, move || engine.store.catalog.update_render(record)).await {
+                let mut record = job.record.borrow().clone();
+                record.state = if cancelled { RenderState::Cancelled } else { RenderState::Failed };
+                record.stage = stage.to_owned();
+                record.failure = Some(failure_of(&error));
+                record.finished_ms = Some(now_ms());
+                let (engine, row) = (Arc::clone(self), record.clone());
+                if let Err(error) = blocking(Stage::Store, move || engine.store.catalog.update_render(row)).await {
                     tracing::error!(render = %id, error = %error.chain(), "the end of a render could not be recorded");
                 }
+                record
             }
-        }
+        };
+        // Whoever sees the end may use key and name again at once: both are free before anybody is told.
         self.jobs.lock().expect("no panic while holding the job table").remove(&id);
+        drop(reservation);
+        job.record.send_replace(record);
     }
 
-    async fn stages(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved) -> Result<()> {
+    /// Runs the stages; gives the final row, which is recorded already.
+    async fn stages(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved) -> Result<RenderRecord> {
         let progress = job.progress.clone();
         let begin = |job: &Job| {
             job.update(|record| {
@@ -252,15 +255,14 @@ impl Engine {
                     let made = engine.make_volume(&id, &resolved, render, &golden, &job.progress)?;
                     let record = end(&job);
                     made.record(&engine, record.clone())?;
-                    job.record.send_replace(record);
+                    Ok(record)
                 }
                 None => {
                     let record = end(&job);
                     engine.store.catalog.update_render(record.clone())?;
-                    job.record.send_replace(record);
+                    Ok(record)
                 }
             }
-            Ok(())
         })
         .await
     }

@@ -8,7 +8,7 @@ use crate::{
     disk::Layout,
     error::{Error, Kind, Result, Stage},
     fs::FsKind,
-    manifest::{ImageId, Manifest},
+    manifest::{self, ImageId, Manifest},
     names::Digest,
     render::{Engine, blocking, golden, now_secs},
     spec::{GoldenOptions, JobSpec, RenderSpec},
@@ -214,6 +214,7 @@ impl Engine {
             JobSpec::Render { spec, .. } => {
                 let spec = *spec;
                 let image = self.image(&spec.image_id)?;
+                refuse_further_devices(&image.manifest)?;
                 let golden = self.golden_spec(&image, &spec.golden)?;
                 let pool = self.pool(&spec.pool)?.clone();
                 let format = format_for(&pool, spec.format)?;
@@ -235,6 +236,20 @@ impl Engine {
             return wrong(format!("{} is more than limits.volume_max_size, {}", Bytes(size), self.config.limits.volume_max_size));
         }
         Ok(())
+    }
+}
+
+/// A manifest may describe data, swap and scratch devices; a render makes the root only, and an instance without its data device is not what was asked for.
+fn refuse_further_devices(manifest: &Manifest) -> Result<()> {
+    match manifest.devices().iter().find(|device| device.role != manifest::Role::Root) {
+        Some(device) => Err(Error::new(
+            Kind::Unsupported,
+            Stage::Resolve,
+            "devices",
+            format!("the manifest wants a {} device, only the root is made", device.role.name()),
+        )
+        .with_reason("DEVICES_UNSUPPORTED")),
+        None => Ok(()),
     }
 }
 

@@ -5,3 +5,4 @@ mod images;
 mod lifecycle;
 mod renders;
 mod support;
+mod tls;

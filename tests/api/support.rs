@@ -162,6 +162,11 @@ async fn connect(socket: &Path, task: &JoinHandle<cloudletd::error::Result<()>>)
     }
 }
 
+/// The gRPC code that an error of the daemon becomes.
+pub fn code_of(error: &cloudletd::error::Error) -> tonic::Code {
+    cloudletd::api::status::code_of(error.kind())
+}
+
 /// A volume in the pool `default`.
 pub fn volume(name: &str) -> proto::VolumeRef {
     proto::VolumeRef { pool: "default".into(), name: name.into() }
