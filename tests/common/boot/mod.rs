@@ -32,7 +32,7 @@ pub use report::{GuestFile, Link, Report, Route};
 use super::fixture;
 
 /// How long a guest may take. A fast boot needs 5 to 10 s alone on a core; a busy machine several times that.
-const TIMEOUT_FAST: Duration = Duration::from_secs(120);
+const TIMEOUT_FAST: Duration = Duration::from_secs(240);
 const TIMEOUT_FULL: Duration = Duration::from_secs(300);
 /// The fastest model under emulation. Without cx16: QEMU 7.2 mishandles the flags of a cmpxchg16b that is interrupted, and kernels from 6.6 on
 /// use it in the allocator (seen as a double fault in kmalloc).
@@ -114,7 +114,7 @@ impl<'a> Guest<'a> {
             files: Vec::new(),
             start: Start::Fast,
             cmdline: "",
-            settle_seconds: 30,
+            settle_seconds: 60,
         }
     }
 

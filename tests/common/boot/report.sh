@@ -17,7 +17,7 @@ for word in $(cat /proc/cmdline); do
         boot.settle=*) settle=${word#boot.settle=} ;;
     esac
 done
-settle=${settle:-30}
+settle=${settle:-60}
 stty -F $out raw -echo
 
 # Waits until a command succeeds. until_true SECONDS COMMAND...
@@ -118,7 +118,11 @@ start_networkmanager() {
     mkdir -p /run/dbus /run/NetworkManager
     dbus-daemon --system --fork --nopidfile >/dev/console 2>&1
     NetworkManager >/dev/console 2>&1
-    nm-online --wait-for-startup --quiet --timeout="$settle" || log "NetworkManager did not settle"
+    # On a busy machine the first answer of NetworkManager can take longer than nm-online's own limit.
+    for _ in 1 2 3; do
+        nm-online --wait-for-startup --quiet --timeout="$settle" && return
+    done
+    log "NetworkManager did not settle"
 }
 
 start_by_hand() {
