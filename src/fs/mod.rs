@@ -99,8 +99,17 @@ pub struct BuiltFs {
     pub size_bytes: u64,
 }
 
+/// Sees what is written to a disk, in the order it is written.
+pub trait WriteObserver: Send + Sync {
+    /// `bytes` were written at byte `offset` of the disk file.
+    fn written(&self, offset: u64, bytes: &[u8]);
+}
+
 /// Takes the entries of a root filesystem and finishes the filesystem. Dropping it abandons the build; the region's content is then undefined.
 pub trait TreeBuilder: TreeSink + Send {
+    /// Has every write of the disk shown to `observer`, if this builder knows them; to be called before the first entry.
+    fn observe(&mut self, _observer: Arc<dyn WriteObserver>) {}
+
     /// Writes what is still in memory. The data is in the page cache, not yet durable: the caller syncs the disk file once.
     fn finish(self: Box<Self>) -> Result<BuiltFs>;
 }

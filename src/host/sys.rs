@@ -1,4 +1,4 @@
-//! The only unsafe code of the daemon: ioctls that no crate wraps safely, and the parent-death signal of a child.
+//! The only unsafe code of the daemon: ioctls and a system call that no crate wraps safely, and the parent-death signal of a child.
 //!
 //! Everything else the kernel offers is called through `rustix`, `nix` and `loopdev`. Each function here is safe to call with any open file: the
 //! kernel checks that the file is what the ioctl needs and answers with an errno otherwise. The block ioctls are those of `linux/fs.h` (type 0x12),
@@ -154,6 +154,15 @@ pub fn discard(device: &impl AsRawFd, offset: u64, len: u64) -> io::Result<()> {
 pub fn drop_buffers(device: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: the request takes no argument and touches no memory of ours.
     unsafe { request::blkflsbuf(device.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// Starts writing the dirty pages of a range to storage and does not wait for it (`sync_file_range(2)`). Promises nothing: the file still has to be flushed.
+pub fn start_writeback(file: &impl AsRawFd, offset: u64, len: u64) -> io::Result<()> {
+    let [offset, len] = [offset, len].map(i64::try_from);
+    let (Ok(offset), Ok(len)) = (offset, len) else { return Err(io::Error::from_raw_os_error(libc::EINVAL)) };
+    // SAFETY: the call takes numbers only and touches no memory of ours. rustix and nix have no wrapper.
+    nix::errno::Errno::result(unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) })?;
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::{
     disk::{DiskIds, DiskPlan, Layout, types},
     error::{Error, Kind, Result, Stage},
-    fs::{BuildParams, BuiltFs, Filesystem, FsKind, Region},
+    fs::{BuildParams, BuiltFs, Filesystem, FsKind, Region, WriteObserver},
     guest::{facts::GuestFacts, watch::Watch},
     host::info::HostInfo,
     manifest::volatile::Volatile,
@@ -26,7 +26,8 @@ use crate::{
     render::{Engine, LOADED_GOLDENS_MAX, blocking, fetch::Fetched, now_secs, resolve::Resolved},
     spec::GoldenOptions,
     store::{
-        Store, digest,
+        Store,
+        digest::Follower,
         records::{GoldenRecord, GoldenSpec},
         sync_dir,
     },
@@ -269,22 +270,25 @@ pub fn build_disk(dir: &Path, blob: &Path, declared: Option<Compression>, spec: 
         bytes_per_inode: spec.bytes_per_inode,
     };
     let mut builder = filesystem(spec.filesystem).builder(&params, region, progress)?;
+    let follower = Arc::new(Follower::new(spec.size_bytes));
+    builder.observe(Arc::clone(&follower) as Arc<dyn WriteObserver>);
     let facts = stream_tree(blob, declared, spec, progress, &mut *builder)?;
     let filesystem = builder.finish()?;
     plan.write_table(&Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes })?;
+    follower.forget(0..root.offset);
+    follower.forget(root.offset + root.len..spec.size_bytes);
     let facts_path = dir.join("facts.json");
     let facts = serde_json::to_vec(&facts)
         .map_err(|error| Error::internal(Stage::Golden, facts_path.display().to_string(), "encode facts").with_source(error))?;
-    write_durably(&facts_path, &facts)?;
-    // The digest needs the bytes, not the disk: it is computed while the kernel writes them out.
+    disk.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("make the disk read-only"))?;
+    // The digest needs the bytes, not the disk: what of it is left is computed while the kernel writes them out.
     let digest = std::thread::scope(|scope| -> Result<Digest> {
         let flush = scope.spawn(|| disk.sync_all());
-        let digest = digest::of_disk(&path)?;
+        let digest = follower.finish(&path)?;
         flush.join().map_err(|_| Error::internal(Stage::Golden, key.hex(), "the flushing thread panicked"))?.map_err(failed("flush the disk"))?;
         Ok(digest)
     })?;
-    disk.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("make the disk read-only"))?;
-    disk.sync_all().map_err(failed("flush the disk"))?;
+    write_durably(&facts_path, &facts)?;
     let allocated = disk.metadata().map_err(failed("read the allocated size"))?.blocks() * 512;
     sync_dir(dir)?;
     Ok(BuiltDisk { filesystem, digest, allocated })

@@ -21,7 +21,7 @@ mod tree;
 mod writer;
 mod xattrs;
 
-use std::io::Read;
+use std::{io::Read, sync::Arc};
 
 use self::{
     alloc::Blocks,
@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Result, Stage},
-    fs::{BuildParams, BuiltFs, Region, TreeBuilder},
+    fs::{BuildParams, BuiltFs, Region, TreeBuilder, WriteObserver},
     names::GuestPath,
     progress::Progress,
     tree::{Entry, EntryKind, Meta, TreeSink},
@@ -91,6 +91,10 @@ struct Formatter {
 }
 
 impl TreeBuilder for Formatter {
+    fn observe(&mut self, observer: Arc<dyn WriteObserver>) {
+        self.store.writer.observe(observer);
+    }
+
     fn finish(self: Box<Self>) -> Result<BuiltFs> {
         self.progress.check()?;
         self.complete()

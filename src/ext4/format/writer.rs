@@ -3,21 +3,29 @@
 //! The formatter fills a buffer; adjacent writes share it. A full buffer, or one whose successor is not adjacent, goes through a bounded channel
 //! to the thread, which writes it and sends it back empty: memory is `BUFFERS` pieces. Writes happen in the order they were made, so blocks may
 //! be written twice. An error of the thread surfaces at the next hand-over or at [`Writer::finish`].
+//!
+//! What is behind the front of a long run of writes is sent to storage at once, so that the flush at the end finds little left to do.
 
 use std::{
     os::unix::fs::FileExt as _,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::{
+        Arc, OnceLock,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
     thread::JoinHandle,
 };
 
 use crate::{
     error::{Error, Result, Stage},
-    fs::Region,
+    fs::{Region, WriteObserver},
+    host::sys,
     progress::Progress,
 };
 
 const BUFFER_LEN: usize = 1 << 20;
 const BUFFERS: usize = 4;
+/// Sent to storage at once: large requests, and large extents where the host's filesystem allocates as it writes.
+const WRITEBACK_LEN: u64 = 16 << 20;
 
 struct Piece {
     at: u64,
@@ -33,6 +41,28 @@ pub struct Writer {
     thread: Option<JoinHandle<Result<()>>>,
     progress: Progress,
     written: u64,
+    observer: Arc<OnceLock<Arc<dyn WriteObserver>>>,
+}
+
+/// The run of adjacent writes that has not been sent to storage yet, in bytes of the disk file.
+#[derive(Default)]
+struct Front {
+    start: u64,
+    end: u64,
+}
+
+impl Front {
+    fn written(&mut self, region: &Region, at: u64, len: u64) {
+        if at != self.end {
+            self.start = at;
+        }
+        self.end = at + len;
+        if self.end - self.start >= WRITEBACK_LEN {
+            // Only for speed: where it is not supported, the flush at the end does all of it.
+            let _ = sys::start_writeback(&*region.file, self.start, self.end - self.start);
+            self.start = self.end;
+        }
+    }
 }
 
 impl Writer {
@@ -43,13 +73,20 @@ impl Writer {
         for _ in 1..BUFFERS {
             give_back.send(vec![0; BUFFER_LEN]).map_err(|_| lost())?;
         }
+        let observer = Arc::new(OnceLock::<Arc<dyn WriteObserver>>::new());
+        let observing = Arc::clone(&observer);
         let write_all = move || {
+            let mut front = Front::default();
             for piece in pieces {
-                let bytes = &piece.buffer[..piece.len];
+                let (at, bytes) = (region.offset + piece.at, &piece.buffer[..piece.len]);
                 region
                     .file
-                    .write_all_at(bytes, region.offset + piece.at)
+                    .write_all_at(bytes, at)
                     .map_err(|e| Error::io(Stage::Golden, "disk file", format!("write {} bytes at {} of the filesystem", piece.len, piece.at), e))?;
+                front.written(&region, at, piece.len as u64);
+                if let Some(observer) = observing.get() {
+                    observer.written(at, bytes);
+                }
                 // The other side may have stopped listening; that is not an error here.
                 let _ = give_back.send(piece.buffer);
             }
@@ -66,7 +103,13 @@ impl Writer {
             thread: Some(thread),
             progress: progress.clone(),
             written: 0,
+            observer,
         })
+    }
+
+    /// Shows the writes from now on to `observer`; the first one given stays.
+    pub fn observe(&self, observer: Arc<dyn WriteObserver>) {
+        let _ = self.observer.set(observer);
     }
 
     /// The next write goes to byte `at` of the region.

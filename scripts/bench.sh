@@ -1,0 +1,338 @@
+#!/usr/bin/env bash
+# usage: bench.sh [--runs N] [--section NAME]...
+# Measures cloudletd beside what operators do by hand: same input, same durability (everything is flushed), page cache warm on both sides, runs
+# interleaved A B A B. Needs root and an otherwise quiet machine; the load is recorded with the results.
+#   --runs N         rounds per comparison (default 5); the tables show medians, least and greatest
+#   --section NAME   only this: cold, small-files, edit, warm, load (default: all)
+# Inputs are made once and kept in target/bench/inputs ($CLOUDLETD_BENCH_DIR moves target/bench): a Debian root filesystem of scripts/fixtures.sh in four
+# compressions, and 120,000 small files. Writes results.md, results.json, samples.tsv and two SVG plots to target/bench.
+
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+PATH=$PATH:/usr/sbin:/sbin
+
+runs=5 sections=()
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --runs) runs=${2:?}; shift ;;
+        --section) sections+=("${2:?}"); shift ;;
+        --help) sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "bench.sh: unknown argument $1 (see --help)" >&2; exit 2 ;;
+    esac
+    shift
+done
+[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files edit warm load)
+[[ $EUID -eq 0 ]] || { echo "bench.sh: root is needed (loop devices, mounts)" >&2; exit 1; }
+for tool in jq python3 zstd xz gzip mkfs.ext4 mke2fs debugfs mkfs.xfs qemu-img cargo; do
+    command -v "$tool" >/dev/null || { echo "bench.sh: $tool is not installed (scripts/setup-debian.sh --test installs it)" >&2; exit 1; }
+done
+
+dir=${CLOUDLETD_BENCH_DIR:-$root/target/bench}
+mkdir --parents "$dir/inputs"
+dir=$(realpath "$dir")
+work=$dir/work
+samples=$dir/samples.tsv
+daemon=
+GOLDEN_SIZE=4G
+
+clean_up() {
+    [[ -z $daemon ]] || { kill "$daemon" 2>/dev/null && wait "$daemon" 2>/dev/null; } || true
+    for mount in "$work/mnt" "$work/xfs"; do
+        ! mountpoint --quiet "$mount" || umount "$mount"
+    done
+    rm --recursive --force "$work" "${tmp_tree:-}"
+}
+trap clean_up EXIT
+rm --recursive --force "$work"
+mkdir --parents "$work/mnt" "$work/xfs" "$work/volumes"
+: >"$samples"
+
+say() {
+    printf '== %s\n' "$*" >&2
+}
+
+# ---- Inputs
+
+inputs() {
+    "$here/fixtures.sh" bookworm-ifupdown >&2
+    local fixtures key
+    fixtures=$(realpath "${CLOUDLETD_FIXTURES:-$root/target/fixtures}")
+    key=$(cat "$fixtures/bookworm-ifupdown.key")
+    cd "$dir/inputs"
+    if [[ $(cat debian.key 2>/dev/null) != "$key" ]]; then
+        say "inputs: Debian, four compressions"
+        rm --force debian.*
+        zstd --decompress --quiet "$fixtures/bookworm-ifupdown.tar.zst" -o debian.tar
+        gzip --keep debian.tar
+        xz --threads=0 --keep debian.tar
+        zstd --quiet -3 debian.tar
+        echo "$key" >debian.key
+    fi
+    if [[ $(cat small.key 2>/dev/null) != 1 ]]; then
+        say "inputs: 120,000 small files"
+        python3 "$here/bench/small_files.py" small.tar
+        echo 1 >small.key
+    fi
+    cat ./*.tar* >/dev/null
+    cd "$root"
+}
+
+programs() {
+    say "build"
+    local found
+    cargo build --locked --release --bin cloudletd --manifest-path "$root/Cargo.toml"
+    found=$(cargo build --locked --release --bench cold_build --bench render_load --message-format=json --manifest-path "$root/Cargo.toml" |
+        jq --raw-output 'select(.reason == "compiler-artifact" and .executable != null) | "\(.target.name) \(.executable)"')
+    cold_build=$(awk '$1 == "cold_build" { print $2 }' <<<"$found")
+    render_load=$(awk '$1 == "render_load" { print $2 }' <<<"$found")
+    cloudletd=${CARGO_TARGET_DIR:-$root/target}/release/cloudletd
+}
+
+# ---- Measuring
+
+sample() { # SECTION CASE WHO MILLISECONDS
+    local IFS=$'\t'
+    echo "$*" >>"$samples"
+}
+
+# timed SECTION CASE WHO COMMAND...: the whole command, as a person would wait for it
+timed() {
+    local section=$1 case=$2 who=$3 begun=${EPOCHREALTIME/./} ended
+    shift 3
+    "$@"
+    ended=${EPOCHREALTIME/./}
+    sample "$section" "$case" "$who" "$(awk -v us=$((ended - begun)) 'BEGIN { printf "%.3f", us / 1000 }')"
+}
+
+start_daemon() { # STATE-DIRECTORY POOL-DIRECTORY
+    cat >"$work/cloudletd.toml" <<TOML
+state_dir = "$1"
+[listen]
+unix = "$work/socket"
+[fetch]
+file_roots = ["$dir/inputs"]
+[golden]
+size = "4 GiB"
+[[pool]]
+name = "default"
+kind = "directory"
+path = "$2"
+TOML
+    "$cloudletd" serve --config "$work/cloudletd.toml" 2>"$work/cloudletd.log" &
+    daemon=$!
+    local tries=0
+    until [[ -S $work/socket ]]; do
+        if ! kill -0 "$daemon" 2>/dev/null || (( ++tries > 100 )); then
+            cat "$work/cloudletd.log" >&2
+            exit 1
+        fi
+        sleep 0.1
+    done
+}
+
+stop_daemon() {
+    kill "$daemon"
+    wait "$daemon" || true
+    daemon=
+}
+
+client() {
+    "$render_load" --socket "$work/socket" "$@"
+}
+
+unpack() { # TARBALL: plain tar to standard output, by the fastest program there is
+    case "$1" in
+        *.gz) if command -v pigz >/dev/null; then pigz --decompress --stdout "$1"; else gzip --decompress --stdout "$1"; fi ;;
+        *.xz) xz --threads=0 --decompress --stdout "$1" ;;
+        *.zst) zstd --decompress --quiet --stdout "$1" ;;
+        *) cat "$1" ;;
+    esac
+}
+
+untar() { # TARBALL DIRECTORY
+    unpack "$1" | tar --extract --directory="$2" --xattrs --xattrs-include='*' --numeric-owner --file=-
+}
+
+# ---- Cold builds
+
+by_mount() { # TARBALL
+    truncate --size="$GOLDEN_SIZE" "$work/peer.raw"
+    mkfs.ext4 -q -F "$work/peer.raw"
+    mount -o loop "$work/peer.raw" "$work/mnt"
+    untar "$1" "$work/mnt"
+    umount "$work/mnt"
+    sync "$work/peer.raw"
+}
+
+by_mke2fs() { # TARBALL
+    untar "$1" "$tmp_tree"
+    mke2fs -q -F -t ext4 -d "$tmp_tree" "$work/peer.raw" "$GOLDEN_SIZE" >/dev/null 2>&1
+    sync "$work/peer.raw"
+}
+
+cold_case() { # SECTION CASE TARBALL
+    local image round
+    say "$1: $2"
+    image=$(client image "$3" | jq --raw-output .image)
+    for (( round = 0; round < runs; round++ )); do
+        sample "$1" "$2" cloudletd "$(client cold "$image" | jq .ms)"
+        timed "$1" "$2" "mkfs.ext4 + mount + tar" by_mount "$3"
+        rm --force "$work/peer.raw"
+        # With 60,000 files in one directory mke2fs -d takes minutes, because it searches the directory for each: once is enough.
+        if [[ $1 == cold || $round == 0 ]]; then
+            tmp_tree=$(mktemp --directory --tmpdir=/dev/shm)
+            timed "$1" "$2" "tar + mke2fs -d" by_mke2fs "$3"
+            rm --recursive --force "$work/peer.raw" "$tmp_tree"
+        fi
+    done
+}
+
+cold() {
+    local compression
+    start_daemon "$work/state" "$work/volumes"
+    for compression in .zst .gz .xz ''; do
+        cold_case cold ".tar$compression" "$dir/inputs/debian.tar$compression"
+    done
+    stop_daemon
+}
+
+small_files() {
+    start_daemon "$work/state" "$work/volumes"
+    cold_case small-files "120,000 files, .tar" "$dir/inputs/small.tar"
+    stop_daemon
+}
+
+# ---- Edits
+
+EDITED=(etc/hostname etc/hosts etc/machine-id etc/fstab etc/resolv.conf etc/network/interfaces root/.ssh/authorized_keys etc/ssh/ssh_host_ed25519_key
+    etc/ssh/ssh_host_ed25519_key.pub etc/ssh/ssh_host_ecdsa_key etc/ssh/ssh_host_ecdsa_key.pub)
+
+edit_by_mount() {
+    local path
+    mount -o loop "$work/edit-mount.raw" "$work/mnt"
+    mkdir --parents "$work/mnt/root/.ssh"
+    for path in "${EDITED[@]}"; do
+        printf 'new content of %s\n' "$path" >"$work/mnt/$path"
+    done
+    umount "$work/mnt"
+    sync "$work/edit-mount.raw"
+}
+
+edit_by_debugfs() {
+    debugfs -w -f "$work/debugfs.commands" "$work/edit-debugfs.raw" >/dev/null 2>&1
+    sync "$work/edit-debugfs.raw"
+}
+
+edit() {
+    local round path answer
+    say "edit"
+    "$cold_build" build "$dir/inputs/debian.tar.zst" "$work" --size "10 GiB" --keep >/dev/null
+    for path in ours mount debugfs; do
+        cp --sparse=always "$work/golden/disk.raw" "$work/edit-$path.raw"
+        chmod 0600 "$work/edit-$path.raw"
+    done
+    rm --recursive --force "$work/golden"
+    sync --file-system "$work"
+    echo "new content" >"$work/content"
+    { echo "mkdir /root/.ssh"; for path in "${EDITED[@]}"; do printf 'rm /%s\nwrite %s /%s\n' "$path" "$work/content" "$path"; done; } >"$work/debugfs.commands"
+    for (( round = 0; round < runs * 2; round++ )); do
+        local begun=${EPOCHREALTIME/./} ended
+        answer=$("$cold_build" edit "$work/edit-ours.raw")
+        ended=${EPOCHREALTIME/./}
+        sample edit "11 files, 10 GiB" "cloudletd, as a command" "$(awk -v us=$((ended - begun)) 'BEGIN { printf "%.3f", us / 1000 }')"
+        sample edit "11 files, 10 GiB" "cloudletd, compute the patch" "$(jq .edit_ms <<<"$answer")"
+        sample edit "11 files, 10 GiB" "cloudletd, compute and write, durable" "$(jq .durable_ms <<<"$answer")"
+        timed edit "11 files, 10 GiB" "loop mount + write + umount" edit_by_mount
+        timed edit "11 files, 10 GiB" "debugfs -w" edit_by_debugfs
+    done
+    for path in ours mount debugfs; do
+        e2fsck -fn "$work/edit-$path.raw" >/dev/null 2>&1 || echo "bench.sh: e2fsck finds faults in the image edited by $path" >&2
+        [[ -n $(debugfs -R "cat /etc/hostname" "$work/edit-$path.raw" 2>/dev/null) ]] || echo "bench.sh: $path edited nothing" >&2
+        rm --force "$work/edit-$path.raw"
+    done
+}
+
+# ---- Warm renders
+
+peer_overlay() { qemu-img create -q -f qcow2 -F raw -b "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
+peer_copy() { cp --sparse=always "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
+peer_reflink() { cp --reflink=always "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
+peer_convert() { qemu-img convert -f raw -O qcow2 "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
+
+warm_case() { # CASE FORMAT COUNT PEER-NAME PEER-FUNCTION
+    local round number time
+    say "warm: $1"
+    for (( round = 0; round < runs; round++ )); do
+        for time in $(client render "$image" --format "$2" --count "$3" | jq '.times_ms[]'); do
+            sample warm "$1" cloudletd "$time"
+        done
+        for (( number = 0; number < $3; number++ )); do
+            timed warm "$1" "$4" "$5" "$pool/peer"
+            rm --force "$pool/peer"
+        done
+    done
+}
+
+warm() {
+    local image golden pool answer
+    start_daemon "$work/state" "$work/volumes"
+    pool=$work/volumes
+    answer=$(client image "$dir/inputs/debian.tar.zst")
+    image=$(jq --raw-output .image <<<"$answer") golden=$(jq --raw-output .golden <<<"$answer")
+    client render "$image" --count 20 >/dev/null
+    warm_case "qcow2 overlay" qcow2-overlay 40 "qemu-img create -b" peer_overlay
+    warm_case "raw, $(findmnt --noheadings --output FSTYPE --target "$pool") directory" raw 3 "cp --sparse" peer_copy
+    warm_case "standalone qcow2" qcow2 3 "qemu-img convert" peer_convert
+    stop_daemon
+    truncate --size=16G "$work/xfs.img"
+    mkfs.xfs -q -m reflink=1 "$work/xfs.img"
+    mount -o loop "$work/xfs.img" "$work/xfs"
+    mkdir "$work/xfs/volumes"
+    start_daemon "$work/xfs/state" "$work/xfs/volumes"
+    pool=$work/xfs/volumes
+    answer=$(client image "$dir/inputs/debian.tar.zst")
+    image=$(jq --raw-output .image <<<"$answer") golden=$(jq --raw-output .golden <<<"$answer")
+    warm_case "raw, XFS with reflinks" raw 20 "cp --reflink" peer_reflink
+    stop_daemon
+    umount "$work/xfs"
+    rm --force "$work/xfs.img"
+}
+
+# ---- Many at once
+
+status() { # FIELD: of the daemon, KiB
+    awk -v field="$1:" '$1 == field { print $2 }' "/proc/$daemon/status"
+}
+
+load() {
+    local image in_flight round before after
+    start_daemon "$work/state" "$work/volumes"
+    image=$(client image "$dir/inputs/debian.tar.zst" | jq --raw-output .image)
+    stop_daemon
+    start_daemon "$work/state" "$work/volumes"
+    client render "$image" --count 1 >/dev/null
+    sample load memory "resident, idle, MiB" "$(($(status VmRSS) / 1024))"
+    for in_flight in 1 8 64 256; do
+        say "load: $in_flight in flight"
+        for (( round = 0; round < runs; round++ )); do
+            client render "$image" --count $((in_flight == 1 ? 100 : 400)) --in-flight "$in_flight" | jq --compact-output 'del(.times_ms)' >>"$work/load.jsonl"
+        done
+    done
+    before=$(awk '$1 == "write_bytes:" { print $2 }' "/proc/$daemon/io")
+    client render "$image" --count 1000 --in-flight 1000 | jq --compact-output 'del(.times_ms)' >>"$work/load.jsonl"
+    after=$(awk '$1 == "write_bytes:" { print $2 }' "/proc/$daemon/io")
+    sample load bytes "written per instance, catalogue and deletion included, KiB" "$(((after - before) / 1000 / 1024))"
+    sample load memory "resident, greatest, MiB" "$(($(status VmHWM) / 1024))"
+    cp "$work/load.jsonl" "$dir/load.jsonl"
+    stop_daemon
+}
+
+inputs
+programs
+rm --force "$dir/load.jsonl"
+load_before=$(cut --delimiter=' ' --fields=1 /proc/loadavg)
+for section in "${sections[@]}"; do
+    "${section//-/_}"
+done
+python3 "$here/bench/report.py" "$dir" --load "$load_before" "$(cut --delimiter=' ' --fields=1 /proc/loadavg)" --runs "$runs"
