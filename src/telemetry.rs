@@ -1,5 +1,5 @@
 //! Logs: to the journal under systemd, as text on a terminal, as JSON lines otherwise. The level comes from `CLOUDLETD_LOG` (tracing's filter syntax), `info`
-//! by default. Secrets never reach it: their types do not show them.
+//! by default (the FUSE library names every call that it leaves to the kernel: of it only errors). Secrets never reach it: their types do not show them.
 
 use std::io::IsTerminal;
 
@@ -7,7 +7,7 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitEx
 
 /// Sets up logging for the process. Called once, first.
 pub fn start() {
-    let filter = EnvFilter::try_from_env("CLOUDLETD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("CLOUDLETD_LOG").unwrap_or_else(|_| EnvFilter::new("info,fuser=error"));
     let registry = tracing_subscriber::registry().with(filter);
     // JOURNAL_STREAM is set by systemd for services whose output goes to the journal (systemd.exec(5)).
     if std::env::var_os("JOURNAL_STREAM").is_some()

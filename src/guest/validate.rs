@@ -14,6 +14,7 @@ use crate::{
         config::{Cidr, InstanceConfig, Interface, Network, Route},
         machine_id::check_machine_id,
         network::is_link_local,
+        plan::printable,
         resolv::check_resolver,
         users::check_crypt_hash,
     },
@@ -125,7 +126,10 @@ pub fn check_authorized_key(line: &str) -> Result<(), String> {
     if line.contains("PRIVATE KEY") {
         return Err("is a private key; give the public one".into());
     }
-    line.parse::<ssh_key::authorized_keys::Entry>().map(|_| ()).map_err(|error| format!("is not an authorized_keys line: {error}"))
+    // The parser quotes what it decoded from the base64, which may be any bytes.
+    line.parse::<ssh_key::authorized_keys::Entry>()
+        .map(|_| ())
+        .map_err(|error| format!("is not an authorized_keys line: {}", printable(&error.to_string())))
 }
 
 fn file_checks(checks: &mut Checks, config: &InstanceConfig) {

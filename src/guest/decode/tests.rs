@@ -195,3 +195,11 @@ fn cross_field_rules_are_checked() {
     fails_at(json!({"files": [{"path": "/x", "content": ""}, {"path": "//x", "content": ""}]}), "files[1].path");
     fails_at(json!({"authorized_keys": [{"user": "root", "keys": []}, {"user": "root", "keys": []}]}), "authorized_keys.root");
 }
+
+#[test]
+fn a_key_with_control_characters_inside_its_base64_is_refused_in_printable_words() {
+    // An ed25519 key whose algorithm, in the base64, ends in U+0004.
+    let key = "from6\"10.0.0.0/8\" ssh-ed25519 AAAAC3NzaC1lZDI1NTAEA5AAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ me@example";
+    let why = crate::guest::validate::check_authorized_key(key).expect_err("refused");
+    assert!(!why.chars().any(char::is_control), "{why:?}");
+}
