@@ -1,0 +1,102 @@
+//! A byte that chooses an image, and a document: decoded, validated, injected. No control character of a value gets into a file or a message, and
+//! the same input gives the same edits.
+
+#![no_main]
+
+#[path = "../../tests/guest_trees/mod.rs"]
+mod guest_trees;
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::OnceLock,
+};
+
+use cloudletd::{
+    fs::{FsKind, edit::EditOp},
+    guest::{Inputs, config::Secret, decode, facts::GuestFacts, fstab::RootMount, identity::Identity, inject},
+    names::InstanceName,
+    units::Timestamp,
+};
+use libfuzzer_sys::fuzz_target;
+use serde_json::Value;
+use uuid::Uuid;
+
+fn trees() -> &'static [(&'static str, GuestFacts)] {
+    static TREES: OnceLock<Vec<(&'static str, GuestFacts)>> = OnceLock::new();
+    TREES.get_or_init(guest_trees::all)
+}
+
+/// All strings and keys with control characters in them; the caller's own files may have any content.
+fn bad_texts(value: &Value, found: &mut Vec<String>) {
+    let is_bad = |text: &str| text.chars().any(char::is_control) && text.trim().len() > 1;
+    match value {
+        Value::String(text) if is_bad(text) => found.push(text.clone()),
+        Value::Array(elements) => elements.iter().for_each(|value| bad_texts(value, found)),
+        Value::Object(members) => {
+            for (name, member) in members {
+                if is_bad(name) {
+                    found.push(name.clone());
+                }
+                if !matches!(&name[..], "content" | "content_base64") {
+                    bad_texts(member, found);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn is_control(c: char) -> bool {
+    c.is_control() && !matches!(c, '\n' | '\t')
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((which, text)) = bytes.split_first() else { return };
+    let (_, facts) = &trees()[usize::from(*which) % trees().len()];
+    let name: InstanceName = "web1".parse().expect("a name");
+    let decoded = match decode::from_json(text, (which & 0x80 == 0).then_some(&name)) {
+        Ok(decoded) => decoded,
+        Err(error) => {
+            assert!(!error.chain().chars().any(is_control), "{:?}", error.chain());
+            return;
+        }
+    };
+    let config = decoded.config;
+    let identity = Identity::derive(&Uuid::from_u128(1), &config.instance, Secret::new(vec![7; 32])).expect("an identity");
+    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4 };
+    let claimed = BTreeSet::from(["/etc/motd".to_owned()]);
+    let secret_args = BTreeSet::from(["pin".to_owned()]);
+    let now = Timestamp { secs: 5, nanos: 0 };
+    let inputs = Inputs { facts, config: &config, identity: &identity, claimed: &claimed, secret_args: &secret_args, fstab_root: Some(&root), now };
+    let injection = match inject(&inputs) {
+        Ok(injection) => injection,
+        Err(error) => {
+            assert!(error.kind() != cloudletd::error::Kind::Internal, "{}", error.chain());
+            assert!(!error.chain().chars().any(is_control), "{:?}", error.chain());
+            return;
+        }
+    };
+    assert_eq!(inject(&inputs).as_ref().ok(), Some(&injection), "the same input gives the same edits");
+    let document: Value = serde_json::from_slice(text).expect("it was decoded");
+    let mut bad = Vec::new();
+    bad_texts(&document, &mut bad);
+    let own: HashSet<String> = config.files.iter().map(|file| file.path.to_string()).collect();
+    for edit in &injection.edits {
+        let path = edit.path.to_string();
+        assert!(!path.chars().any(char::is_control), "{path:?}");
+        assert!(path != "/etc/motd" || own.contains(&path), "a template's file was written");
+        let content = match &edit.op {
+            EditOp::WriteFile { content, .. } if !own.contains(&path) => content,
+            EditOp::Symlink { target, .. } => target,
+            _ => continue,
+        };
+        let content = std::str::from_utf8(content).unwrap_or_else(|_| panic!("{path} is not text"));
+        assert!(!content.chars().any(is_control), "{path}: {content:?}");
+        for text in &bad {
+            assert!(!content.contains(text.as_str()), "{path} has {text:?}: {content:?}");
+        }
+    }
+    let report = serde_json::to_string(&injection.report).expect("a report");
+    assert!(!report.chars().any(char::is_control), "{report:?}");
+    let _ = format!("{injection:?}");
+});
