@@ -111,7 +111,7 @@ if [[ $boot == yes ]]; then
     parts=$fixtures/bookworm-ifupdown
     # The disk as the mapping describes it, on a throw-away overlay: -snapshot leaves the volume as it was rendered.
     mapfile -t disk < <("$here/mapping.sh" default/web-1 --dialect qemu | xargs --max-args=1)
-    uuid=$("$here/mapping.sh" default/web-1 --dialect json | jq --raw-output '[.. | objects | select(has("uuid") and .type == "ext4")][0].uuid')
+    uuid=$("$here/mapping.sh" default/web-1 --dialect json | jq --raw-output '.devices[0].filesystem.uuid')
     # A second disk is a shell script that is init for a moment: it adds a unit below /run, which prints and powers off, and starts systemd.
     printf '%s\n' 'mkdir -p /run/systemd/system/multi-user.target.wants' \
         'printf "%s\n" "[Unit]" "DefaultDependencies=no" "Wants=network-online.target" "After=multi-user.target network-online.target" \
