@@ -2,7 +2,7 @@
 //!
 //! A build streams blob → decompress → tar → facts → filesystem into one sparse file in the store's `tmp`, adds the partition table, flushes, computes the
 //! digest and renames the directory to its place. Everything that decides its bytes is in [`GoldenSpec`], identities included: they are derived from the
-//! key, so every host makes the same bytes.
+//! key, so every host makes the same bytes (of ext4; the kernel, which writes xfs and btrfs, stamps times and generations of its own).
 
 use std::{
     fs::{self, File},
@@ -367,7 +367,7 @@ fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
     sync_dir(&store.dir().join("goldens"))
 }
 
-/// The layout a golden has when nobody says.
+/// The ext4 profile a golden has when nobody says.
 pub fn default_profile(layout: Layout) -> crate::fs::Profile {
     match layout {
         Layout::Bare => crate::fs::Profile::Modern,

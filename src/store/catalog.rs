@@ -393,6 +393,12 @@ impl Catalog {
                     volume.created
                 ])
                 .map_err(taken)?;
+            if let Some(key) = render.golden_key {
+                connection
+                    .prepare_cached("UPDATE goldens SET last_used=?2 WHERE key=?1")
+                    .and_then(|mut statement| statement.execute(params![key.hex(), volume.created]))
+                    .map_err(failed("note the use of a golden"))?;
+            }
             save_render(connection, &render)
         })
     }

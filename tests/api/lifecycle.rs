@@ -21,7 +21,11 @@ async fn a_restarted_daemon_knows_everything_and_fails_what_was_interrupted() {
     assert_eq!(after, Some(before));
     assert!(!dir.path().join("pool/.cloudletd-stage-rnd-0-web2").exists());
     assert!(!dir.path().join("state/tmp/upload-0").exists());
+    // Times have whole seconds.
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     daemon.render("warm", spec(&image, "web2", VolumeFormat::Qcow2Overlay)).await;
+    let golden = daemon.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens.remove(0);
+    assert!(golden.last_used_at.expect("used").seconds > golden.created_at.expect("built").seconds, "the warm render used the golden");
     daemon.stop().await;
 }
 
