@@ -9,7 +9,7 @@ pub mod edit;
 pub mod mounted;
 pub mod patch;
 
-use std::{fs::File, sync::Arc};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +53,35 @@ pub struct Region {
     pub offset: u64,
     /// How long it is.
     pub len: u64,
+}
+
+/// Bytes that can be read at any place: a file, or a disk inside one (qcow2).
+pub trait ReadAt: Send + Sync {
+    /// Fills `into` with the bytes at `offset`.
+    fn read_all_at(&self, into: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
+impl ReadAt for File {
+    fn read_all_at(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_exact_at(into, offset)
+    }
+}
+
+/// A part of a disk that is only read, bytes.
+#[derive(Clone)]
+pub struct View {
+    /// The disk.
+    pub disk: Arc<dyn ReadAt>,
+    /// Where the part starts.
+    pub offset: u64,
+    /// How long it is.
+    pub len: u64,
+}
+
+impl From<&Region> for View {
+    fn from(region: &Region) -> View {
+        View { disk: Arc::clone(&region.file) as Arc<dyn ReadAt>, offset: region.offset, len: region.len }
+    }
 }
 
 /// What a new filesystem is to be. All identities are inputs.

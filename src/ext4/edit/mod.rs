@@ -43,7 +43,7 @@ use super::{layout::inode::clamp_time, read::Image};
 use crate::{
     error::{Error, Kind, Result, Stage},
     fs::{
-        Region,
+        Region, View,
         edit::{Edit, EditRequest},
         patch::BlockPatch,
     },
@@ -57,8 +57,13 @@ use crate::{
 /// inodes, room in an index, reserved descriptor blocks for growth); `Kind::NotFound`, `Kind::Conflict` and `Kind::InvalidRequest` which edit
 /// does not apply and why. After an error there is no patch: edits are all or nothing. Cancellation is checked between edits.
 pub fn edit(region: &Region, request: &EditRequest, progress: &Progress) -> Result<BlockPatch> {
+    edit_view(View::from(region), request, progress)
+}
+
+/// The same for a filesystem on any disk that can be read.
+pub fn edit_view(view: View, request: &EditRequest, progress: &Progress) -> Result<BlockPatch> {
     progress.check()?;
-    let mut editor = Editor::new(region, request.now)?;
+    let mut editor = Editor::new(view, request.now)?;
     if let Some(size_bytes) = request.size_bytes {
         editor.grow(size_bytes)?;
     }
@@ -97,8 +102,8 @@ enum Backups {
 }
 
 impl Editor {
-    fn new(region: &Region, now: Timestamp) -> Result<Editor> {
-        let image = Image::open(region)?;
+    fn new(view: View, now: Timestamp) -> Result<Editor> {
+        let image = Image::open_view(view)?;
         image.check_editable()?;
         Ok(Editor { image, groups: BTreeMap::new(), now: clamp_time(now), inodes_made: 0, backups: Backups::Keep })
     }

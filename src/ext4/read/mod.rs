@@ -7,13 +7,15 @@
 //!  ├─ dir.rs       directory blocks, linear and hashed lookup
 //!  ├─ path.rs      paths, with symlinks that stay inside the tree
 //!  ├─ file.rs      contents, link targets, whole-tree walks
-//!  └─ xattr.rs     extended attributes
+//!  ├─ xattr.rs     extended attributes
+//!  └─ copy.rs      a part of the tree, for a sink
 //! ```
 //!
 //! Every number of the image is checked before it is used as an index or a length, every loop is bounded by the size of the filesystem or by
 //! a named limit, and with `metadata_csum` every structure's checksum is verified when it is read: a damaged image gives `Kind::Corrupt`,
 //! never a panic, an endless loop or unbounded memory. Where the kernel would go on with a warning, this stops.
 
+mod copy;
 mod dir;
 mod file;
 mod map;
@@ -21,7 +23,7 @@ mod open;
 mod path;
 mod xattr;
 
-use std::{cell::RefCell, collections::BTreeMap, collections::HashMap, os::unix::fs::FileExt, sync::Arc};
+use std::{cell::RefCell, collections::BTreeMap, collections::HashMap, sync::Arc};
 
 pub use dir::DirItem;
 pub(crate) use dir::{DxFrame, Found, leaf_end};
@@ -45,7 +47,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Result, Stage},
-    fs::Region,
+    fs::{Region, View},
 };
 
 /// Golden blocks kept in memory; when there are more, all are dropped. An edit of some files needs a few dozen.
@@ -64,7 +66,7 @@ pub(crate) enum Sums {
 
 /// An open filesystem, for reading.
 pub struct Image {
-    region: Region,
+    view: View,
     pub(crate) sb: Superblock,
     pub(crate) geo: Geometry,
     pub(crate) sums: Sums,
@@ -86,7 +88,12 @@ impl Image {
     /// Opens the filesystem of `region` for reading. `Kind::Unsupported` names a feature that is not handled (also a journal that needs
     /// replay), `Kind::Corrupt` says what is wrong with the superblock.
     pub fn open(region: &Region) -> Result<Image> {
-        open::open(region)
+        Self::open_view(View::from(region))
+    }
+
+    /// The same for a filesystem on any disk that can be read.
+    pub fn open_view(view: View) -> Result<Image> {
+        open::open(view)
     }
 
     /// Fails when the filesystem may be read but not edited: errors recorded in it, not cleanly unmounted, orphans, or a feature that would
@@ -112,7 +119,7 @@ impl Image {
 
     /// How long the golden's region is, bytes.
     pub(crate) fn region_len(&self) -> u64 {
-        self.region.len
+        self.view.len
     }
 
     /// One filesystem block: the changed one if the editor has one, else the golden's.
@@ -144,10 +151,10 @@ impl Image {
 
     /// Bytes of the golden at `offset` of the region; what lies beyond the region stays as it is in `into` (zeros).
     pub(crate) fn read_golden(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        let inside = self.region.len.saturating_sub(offset).min(into.len() as u64) as usize;
-        self.region
-            .file
-            .read_exact_at(&mut into[..inside], self.region.offset + offset)
+        let inside = self.view.len.saturating_sub(offset).min(into.len() as u64) as usize;
+        self.view
+            .disk
+            .read_all_at(&mut into[..inside], self.view.offset + offset)
             .map_err(|error| Error::io(Stage::Edit, "golden image", format!("reading {inside} bytes at byte {offset} of the filesystem"), error))
     }
 

@@ -1,6 +1,6 @@
 //! Opening: the superblock is read and checked; features outside the supported set are refused by name.
 
-use std::{cell::RefCell, collections::BTreeMap, collections::HashMap, os::unix::fs::FileExt};
+use std::{cell::RefCell, collections::BTreeMap, collections::HashMap};
 
 use super::{Image, Sums, unsupported};
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
             superblock::{CHECKSUM_CRC32C, OFFSET, STATE_ERROR, STATE_VALID, Superblock},
         },
     },
-    fs::Region,
+    fs::View,
 };
 
 /// What the superblock is called in messages.
@@ -60,12 +60,12 @@ const RO_COMPAT_NAMES: [(u32, &str); 9] = [
     (ro_compat::ORPHAN_PRESENT, "a non-empty orphan file (orphan_present)"),
 ];
 
-pub(super) fn open(region: &Region) -> Result<Image> {
-    if region.len < OFFSET + Superblock::SIZE as u64 {
-        return Err(corrupt(OBJECT, format!("does not fit a region of {} bytes", region.len)));
+pub(super) fn open(view: View) -> Result<Image> {
+    if view.len < OFFSET + Superblock::SIZE as u64 {
+        return Err(corrupt(OBJECT, format!("does not fit a region of {} bytes", view.len)));
     }
     let mut raw = [0; Superblock::SIZE];
-    region.file.read_exact_at(&mut raw, region.offset + OFFSET).map_err(|error| Error::io(Stage::Edit, OBJECT, "reading 1024 bytes", error))?;
+    view.disk.read_all_at(&mut raw, view.offset + OFFSET).map_err(|error| Error::io(Stage::Edit, OBJECT, "reading 1024 bytes", error))?;
     let sb = Superblock::parse(&raw)?;
     refuse_unknown(&sb)?;
     let sums = if sb.has_ro_compat(ro_compat::METADATA_CSUM) {
@@ -87,11 +87,11 @@ pub(super) fn open(region: &Region) -> Result<Image> {
     if geo.block_size > 4096 {
         return Err(unsupported(OBJECT, format!("a block size of {}", geo.block_size)));
     }
-    if geo.blocks_count > region.len / u64::from(geo.block_size) {
-        return Err(corrupt(OBJECT, format!("has {} blocks of {} bytes in a region of {} bytes", geo.blocks_count, geo.block_size, region.len)));
+    if geo.blocks_count > view.len / u64::from(geo.block_size) {
+        return Err(corrupt(OBJECT, format!("has {} blocks of {} bytes in a region of {} bytes", geo.blocks_count, geo.block_size, view.len)));
     }
     check_shape(&geo)?;
-    Ok(Image { region: region.clone(), sb, geo, sums, seed, cache: RefCell::new(HashMap::new()), overlay: BTreeMap::new() })
+    Ok(Image { view, sb, geo, sums, seed, cache: RefCell::new(HashMap::new()), overlay: BTreeMap::new() })
 }
 
 /// What later arithmetic relies on beyond what [`Geometry::of`] checks.
