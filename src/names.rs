@@ -78,6 +78,10 @@ string_name! {
     InstanceName, |text| check_label(text, 128, "._-")
 }
 string_name! {
+    /// The name of a device of an instance: 1..=12 of `a-z 0-9 -`, starting with a letter; short enough for a label of every filesystem.
+    DeviceName, check_device
+}
+string_name! {
     /// A caller's idempotency key: 1..=128 of `A-Z a-z 0-9 . _ : -`, starting with a letter or digit.
     RenderKey, |text| check_label(text, 128, "._:-")
 }
@@ -88,6 +92,14 @@ string_name! {
 string_name! {
     /// A host name or fully qualified domain name (RFC 1123): labels of 1..=63 `A-Z a-z 0-9 -`, no label starts or ends with `-`, 253 in all.
     Hostname, check_hostname
+}
+
+fn check_device(text: &str) -> Result<(), String> {
+    check_label(text, 12, "-")?;
+    if !text.starts_with(|c: char| c.is_ascii_lowercase()) || text.contains(|c: char| c.is_ascii_uppercase()) {
+        return Err(format!("{text:?} is not a device name: lower-case letters, digits and '-', starting with a letter"));
+    }
+    Ok(())
 }
 
 fn check_hostname(text: &str) -> Result<(), String> {
@@ -409,6 +421,10 @@ mod tests {
         for bad in ["-a", "a-", "a..b", "a_b", "a\nb", "", &"x".repeat(64)] {
             assert!(bad.parse::<Hostname>().is_err(), "{bad:?}");
         }
+        for bad in ["", "Data", "0data", "data_1", "a234567890123"] {
+            assert!(bad.parse::<DeviceName>().is_err(), "{bad:?}");
+        }
+        assert!("data-2".parse::<DeviceName>().is_ok());
         let host: Hostname = "web1.example.com".parse().expect("valid");
         assert_eq!((host.short(), host.domain()), ("web1", Some("example.com")));
     }

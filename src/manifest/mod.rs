@@ -31,7 +31,7 @@ use crate::{
     fs::{FsKind, Profile},
     guest::config::BackendKind,
     manifest::{args::Args, json::Document, volatile::Volatile},
-    names::{Digest, GuestPath},
+    names::{DeviceName, Digest, GuestPath},
     units::Bytes,
 };
 
@@ -181,6 +181,8 @@ pub struct BootSpec {
 /// One of `devices`: a disk that an instance of this image is attached to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
+    /// What requests call it; unique. Default: the role, with a number from the second of a role on (`data`, `data2`).
+    pub name: DeviceName,
     /// What for.
     pub role: Role,
     /// Size, a multiple of 1 MiB; for the root the default is `disk.size`.
@@ -189,6 +191,8 @@ pub struct Device {
     pub filesystem: Option<FilesystemSpec>,
     /// Where the guest mounts it.
     pub mount: Option<GuestPath>,
+    /// Whether it holds what is at the manifest's `persistent` paths; only data, at most one.
+    pub persistent: bool,
 }
 
 /// What a device is for.

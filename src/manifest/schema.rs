@@ -179,6 +179,8 @@ fn devices() -> Value {
     let mut device = object(
         "A disk of an instance.",
         json!({
+            "name": {"description": "What requests call it. Default: the role, with a number from the second of a role on.", "type": "string", "pattern": "^[a-z][a-z0-9-]{0,11}$"},
+            "persistent": {"description": "Whether this data device holds what is at the persistent paths, and is mounted there.", "type": "boolean", "default": false},
             "role": {"description": "root: the image itself (at most one). data: outlives the instance. swap. scratch: may be lost.", "enum": ["root", "data", "swap", "scratch"]},
             "size": {"$ref": "#/$defs/size", "description": "A multiple of 1 MiB. For the root the default is disk.size; required for the others."},
             "filesystem": {"$ref": "#/$defs/filesystem"},

@@ -153,6 +153,18 @@ impl Fields {
         number
     }
 
+    /// `true` or `false`; false when it is not there.
+    pub fn flag(&mut self, members: &Map<String, Value>, field: &str, key: &str) -> bool {
+        match members.get(key) {
+            None => false,
+            Some(Value::Bool(value)) => *value,
+            Some(other) => {
+                self.add(member(field, key), format!("must be true or false, not {}", hint::kind_of(other)));
+                false
+            }
+        }
+    }
+
     /// A list.
     pub fn list<'v>(&mut self, value: &'v Value, field: &str) -> &'v [Value] {
         match value {

@@ -7,7 +7,7 @@ use crate::{
     disk::Layout,
     fs::{FsKind, Profile},
     manifest::{BootSpec, Bus, Device, DiskSpec, FilesystemSpec, Role, json::element},
-    names::GuestPath,
+    names::{DeviceName, GuestPath},
 };
 
 /// Devices of an image.
@@ -84,7 +84,7 @@ pub fn devices(problems: &mut Fields, given: Option<&Value>, root: &FilesystemSp
     let mut devices: Vec<Device> = Vec::new();
     for (index, given) in list.iter().enumerate() {
         let field = element("devices", index);
-        if let Some(device) = device(problems, given, &field) {
+        if let Some(device) = device(problems, given, &field, &devices) {
             if device.role == Role::Root && devices.iter().any(|device| device.role == Role::Root) {
                 problems.add(format!("{field}.role"), "there is a root already");
             }
@@ -97,23 +97,38 @@ pub fn devices(problems: &mut Fields, given: Option<&Value>, root: &FilesystemSp
             if let Some(mount) = device.mount.as_ref().filter(|mount| devices.iter().any(|other| other.mount.as_ref() == Some(mount))) {
                 problems.add(format!("{field}.mount"), format!("{mount} is where another device is mounted"));
             }
+            if devices.iter().any(|other| other.name == device.name) {
+                problems.add(format!("{field}.name"), format!("{} is the name of another device", device.name));
+            }
+            if device.persistent && devices.iter().any(|other| other.persistent) {
+                problems.add(format!("{field}.persistent"), "another device holds the persistent paths already");
+            }
             devices.push(device);
         }
     }
     devices
 }
 
-fn device(problems: &mut Fields, given: &Value, field: &str) -> Option<Device> {
-    let given = problems.object(given, field, &["role", "size", "filesystem", "mount"])?;
+/// The name of a device that was not given one: its role, counted from the second of that role on.
+fn default_name(role: Role, before: &[Device]) -> Option<DeviceName> {
+    let count = before.iter().filter(|other| other.role == role).count();
+    if count == 0 { role.name().parse().ok() } else { format!("{}{}", role.name(), count + 1).parse().ok() }
+}
+
+fn device(problems: &mut Fields, given: &Value, field: &str, before: &[Device]) -> Option<Device> {
+    let given = problems.object(given, field, &["name", "role", "size", "filesystem", "mount", "persistent"])?;
     let roles = [Role::Root, Role::Data, Role::Swap, Role::Scratch];
     if !given.contains_key("role") {
         problems.add(format!("{field}.role"), "is required: one of root, data, swap, scratch");
     }
+    let role = problems.choice(given, field, "role", &roles.map(|role| (role.name(), role)))?;
     let device = Device {
-        role: problems.choice(given, field, "role", &roles.map(|role| (role.name(), role)))?,
+        name: problems.checked(given, field, "name", str::parse::<DeviceName>).or_else(|| default_name(role, before))?,
+        role,
         size: problems.size(given, field, "size", DISK_UNIT, DISK_UNIT),
         filesystem: given.get("filesystem").map(|given| filesystem(problems, Some(given), &format!("{field}.filesystem"))),
         mount: problems.checked(given, field, "mount", str::parse::<GuestPath>),
+        persistent: problems.flag(given, field, "persistent"),
     };
     let role = device.role.name();
     if device.role != Role::Root && !given.contains_key("size") {
@@ -127,6 +142,9 @@ fn device(problems: &mut Fields, given: &Value, field: &str) -> Option<Device> {
             problems.add(format!("{field}.filesystem"), "is required for a device that is mounted")
         }
         _ => {}
+    }
+    if device.persistent && (device.role != Role::Data || device.mount.is_some()) {
+        problems.add(format!("{field}.persistent"), "is for a data device without a mount point: it is mounted at the persistent paths");
     }
     if device.role == Role::Swap && device.filesystem.is_some() {
         problems.add(format!("{field}.filesystem"), "swap has no filesystem");
