@@ -18,7 +18,7 @@ use cloudletd::{
     },
     names::VolumeName,
     progress::Progress,
-    target::{Place, Pool, Volume, VolumeFormat, VolumePlan, block, target_for},
+    target::{Place, Pool, Volume, VolumeFormat, VolumePlan, Wanted, block, target_for},
 };
 use target_kit::{Kit, MIB, make_patch, reads_zero, render, same_bytes, text, tool};
 
@@ -60,7 +60,7 @@ impl Device {
     }
 
     fn check(&self, size: u64, overwrite: bool) -> cloudletd::error::Result<()> {
-        target_for(VolumeFormat::Block).check(&self.pool, &name(), size, size, overwrite)
+        target_for(VolumeFormat::Block).check(&Wanted { overwrite, ..Wanted::new(&self.pool, &name(), size, size) })
     }
 
     fn render(&self, patch: &BlockPatch, overwrite: bool) -> cloudletd::error::Result<Volume> {
@@ -122,7 +122,7 @@ fn a_golden_smaller_than_the_head_and_a_device_as_small_work() {
 fn a_staged_device_has_no_head_until_it_is_published_and_none_when_it_is_abandoned() {
     let device = Device::new(16 * MIB, 32 * MIB);
     let (patch, name) = (make_patch(16 * MIB, 20), name());
-    let plan = VolumePlan { pool: &device.pool, name: &name, golden: &device.kit.golden, patch: &patch, overwrite: false, render: "r" };
+    let plan = VolumePlan::new(&device.pool, &name, &device.kit.golden, &patch, "r");
     let target = target_for(VolumeFormat::Block);
     let staged = target.stage(&plan, &Progress::default()).expect("stages");
     assert!(reads_zero(device.node(), 0, MIB) && !reads_zero(device.node(), MIB, 16 * MIB));
@@ -278,7 +278,7 @@ fn a_link_that_is_moved_while_staged_stops_the_publishing() {
     let device = Device::new(2 * MIB, 8 * MIB);
     let other = Device::new(2 * MIB, 8 * MIB);
     let (patch, name) = (make_patch(2 * MIB, 3), name());
-    let plan = VolumePlan { pool: &device.pool, name: &name, golden: &device.kit.golden, patch: &patch, overwrite: false, render: "r" };
+    let plan = VolumePlan::new(&device.pool, &name, &device.kit.golden, &patch, "r");
     let staged = target_for(VolumeFormat::Block).stage(&plan, &Progress::default()).expect("stages");
     std::fs::remove_file(device.link()).expect("remove");
     std::os::unix::fs::symlink(other.node(), device.link()).expect("link");

@@ -13,7 +13,7 @@ use cloudletd::{
     fs::patch::BlockPatch,
     host::loops::{self, LoopDevice, Options},
     progress::Progress,
-    target::{Place, Pool, VolumeFormat, VolumePlan, target_for},
+    target::{Place, Pool, VolumeFormat, VolumePlan, Wanted, target_for},
 };
 use proptest::prelude::*;
 use target_kit::{Kit, MIB, make_patch, render, text, tool};
@@ -104,7 +104,7 @@ fn a_name_that_is_taken_in_any_format_is_refused_and_kept() {
         let error = kit.render(format, "disk", &BlockPatch::new(8 * MIB)).expect_err("taken");
         assert_eq!(error.kind(), Kind::AlreadyExists, "{error:?}");
         let name = "disk".parse().expect("valid");
-        assert_eq!(target_for(format).check(&kit.pool, &name, 4096, 4096, false).expect_err("taken").kind(), Kind::AlreadyExists);
+        assert_eq!(target_for(format).check(&Wanted::new(&kit.pool, &name, 4096, 4096)).expect_err("taken").kind(), Kind::AlreadyExists);
     }
     assert_eq!(std::fs::read(&first.path).expect("read"), before);
     assert_eq!(kit.pool_content(), ["disk.raw"]);
@@ -114,7 +114,7 @@ fn a_name_that_is_taken_in_any_format_is_refused_and_kept() {
 fn a_name_that_is_taken_after_staging_is_not_replaced() {
     let kit = Kit::new(4 * MIB);
     let (patch, name) = (make_patch(4 * MIB, 3), "late".parse().expect("valid"));
-    let plan = VolumePlan { pool: &kit.pool, name: &name, golden: &kit.golden, patch: &patch, overwrite: true, render: "r-2" };
+    let plan = VolumePlan { overwrite: true, ..VolumePlan::new(&kit.pool, &name, &kit.golden, &patch, "r-2") };
     let staged = target_for(VolumeFormat::Raw).stage(&plan, &Progress::default()).expect("stages");
     std::fs::write(kit.pool_path().join("late.raw"), "mine").expect("write");
     assert_eq!(staged.publish().expect_err("taken").kind(), Kind::AlreadyExists);
@@ -126,7 +126,7 @@ fn a_name_that_is_taken_after_staging_is_not_replaced() {
 fn dropping_a_stage_and_cancelling_leave_nothing() {
     let kit = Kit::new(8 * MIB);
     let (patch, name) = (make_patch(8 * MIB, 9), "gone".parse().expect("valid"));
-    let plan = VolumePlan { pool: &kit.pool, name: &name, golden: &kit.golden, patch: &patch, overwrite: false, render: "r-3" };
+    let plan = VolumePlan::new(&kit.pool, &name, &kit.golden, &patch, "r-3");
     for format in FILE_FORMATS {
         let staged = target_for(format).stage(&plan, &Progress::default()).expect("stages");
         assert!(staged.path().exists() && staged.allocated_size_bytes().expect("stat") > 0);
@@ -143,7 +143,7 @@ fn dropping_a_stage_and_cancelling_leave_nothing() {
 fn sweep_takes_what_a_dead_stage_left_and_spares_a_live_one() {
     let kit = Kit::new(4 * MIB);
     let (patch, name) = (make_patch(4 * MIB, 2), "live".parse().expect("valid"));
-    let plan = VolumePlan { pool: &kit.pool, name: &name, golden: &kit.golden, patch: &patch, overwrite: false, render: "r-4" };
+    let plan = VolumePlan::new(&kit.pool, &name, &kit.golden, &patch, "r-4");
     let target = target_for(VolumeFormat::Qcow2Overlay);
     let live = target.stage(&plan, &Progress::default()).expect("stages");
     let dead = kit.pool_path().join(".cloudletd-stage-r-0-old");
@@ -232,7 +232,7 @@ fn pools_of_the_wrong_kind_and_impossible_sizes_are_refused() {
         let mut beyond = BlockPatch::new(4 * MIB);
         beyond.insert(4 * MIB / 4096, vec![1; 4096].into());
         assert_eq!(kit.render(format, "x", &beyond).expect_err("beyond").kind(), Kind::Internal);
-        let error = target_for(format).check(&kit.pool, &"x".parse().expect("valid"), 1 << 60, 1 << 60, false).expect_err("full");
+        let error = target_for(format).check(&Wanted::new(&kit.pool, &"x".parse().expect("valid"), 1 << 60, 1 << 60)).expect_err("full");
         assert_eq!((error.kind(), error.reason()), (Kind::NoSpace, "POOL_FULL"));
     }
     let short = cloudletd::target::GoldenDisk { size_bytes: 8 * MIB, ..kit.golden.clone() };

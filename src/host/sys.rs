@@ -1,4 +1,4 @@
-//! The only unsafe code of the daemon: ioctls and a system call that no crate wraps safely, and the parent-death signal of a child.
+//! The only unsafe code of the daemon: ioctls and system calls that no crate wraps safely, and the parent-death signal of a child.
 //!
 //! Everything else the kernel offers is called through `rustix`, `nix` and `loopdev`. Each function here is safe to call with any open file: the
 //! kernel checks that the file is what the ioctl needs and answers with an errno otherwise. The block ioctls are those of `linux/fs.h` (type 0x12),
@@ -163,6 +163,30 @@ pub fn start_writeback(file: &impl AsRawFd, offset: u64, len: u64) -> io::Result
     let (Ok(offset), Ok(len)) = (offset, len) else { return Err(io::Error::from_raw_os_error(libc::EINVAL)) };
     // SAFETY: the call takes numbers only and touches no memory of ours. rustix and nix have no wrapper.
     nix::errno::Errno::result(unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) })?;
+    Ok(())
+}
+
+/// `IOPRIO_CLASS_BE` of `linux/ioprio.h`.
+pub const IOPRIO_CLASS_BEST_EFFORT: u16 = 2;
+/// `IOPRIO_CLASS_IDLE`.
+pub const IOPRIO_CLASS_IDLE: u16 = 3;
+/// `IOPRIO_CLASS_SHIFT`: the class is in the upper 3 of 16 bits.
+pub const IOPRIO_CLASS_SHIFT: u16 = 13;
+/// `IOPRIO_WHO_PROCESS`, which means one thread.
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+
+/// I/O priority of thread `tid`, 0 for the calling one (`ioprio_get(2)`). A thread that never set one has class 0.
+pub fn io_priority(tid: u32) -> io::Result<u16> {
+    let tid = libc::c_int::try_from(tid).map_err(|_| io::Error::from_raw_os_error(libc::ESRCH))?;
+    // SAFETY: the call takes two numbers and touches no memory of ours. libc, nix and rustix have no wrapper.
+    let value = nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_get, IOPRIO_WHO_PROCESS, tid) })?;
+    u16::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+/// Sets the I/O priority of the calling thread (`ioprio_set(2)`).
+pub fn set_io_priority(value: u16) -> io::Result<()> {
+    // SAFETY: the call takes three numbers and touches no memory of ours. libc, nix and rustix have no wrapper.
+    nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, libc::c_int::from(value)) })?;
     Ok(())
 }
 

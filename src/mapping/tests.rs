@@ -17,6 +17,7 @@ fn device(role: Role, boot_order: u32, format: VolumeFormat, path: &str) -> Devi
             allocated_size_bytes: 4096,
             backing: None,
             pinned: None,
+            options: Default::default(),
         },
         read_only: false,
         backing_chain: Vec::new(),

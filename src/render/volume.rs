@@ -22,7 +22,7 @@ use crate::{
     },
     spec::{JobSpec, RenderSpec},
     store::records::{RenderRecord, VolumeRecord},
-    target::{Place, Volume, VolumeFormat, VolumePlan, target_for},
+    target::{Place, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
     units::{PATCH_BLOCK, Timestamp},
 };
 
@@ -103,12 +103,12 @@ impl Engine {
             VolumeFormat::Qcow2Overlay => OVERLAY_ALLOCATION,
             _ => golden.record.allocated + OVERLAY_ALLOCATION,
         };
-        target.check(&render.pool, &spec.volume, size_bytes, allocate, spec.overwrite)?;
+        target.check(&Wanted { overwrite: spec.overwrite, ..Wanted::new(&render.pool, &spec.volume, size_bytes, allocate) })?;
         let (plan, patch) = patch_of(golden, &injected, size_bytes, progress)?;
         progress.check()?;
         progress.enter(Stage::Target, 0);
         let staged = target.stage(
-            &VolumePlan { pool: &render.pool, name: &spec.volume, golden: &golden.disk, patch: &patch, overwrite: spec.overwrite, render: render_id },
+            &VolumePlan { overwrite: spec.overwrite, ..VolumePlan::new(&render.pool, &spec.volume, &golden.disk, &patch, render_id) },
             progress,
         )?;
         progress.check()?;

@@ -20,7 +20,7 @@ use crate::{
     names::VolumeName,
     progress::Progress,
     target::{
-        Place, Pool, Staged, Target, Volume, VolumeFormat, VolumePlan,
+        Place, Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         bulk::{self, Source},
         extents, publish,
     },
@@ -40,17 +40,18 @@ impl Target for Block {
         VolumeFormat::Block
     }
 
-    fn check(&self, pool: &Pool, name: &VolumeName, size_bytes: u64, _allocate_bytes: u64, overwrite: bool) -> Result<()> {
-        let claim = claim(pool, name, Access::Inspect)?;
-        refuse_too_small(&claim, size_bytes)?;
-        if !overwrite {
+    fn check(&self, wanted: &Wanted<'_>) -> Result<()> {
+        wanted.options.check(self.format())?;
+        let claim = claim(wanted.pool, wanted.name, Access::Inspect)?;
+        refuse_too_small(&claim, wanted.size_bytes)?;
+        if !wanted.overwrite {
             claim.refuse_signatures()?;
         }
         Ok(())
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
-        publish::validate(plan)?;
+        publish::validate(plan, self.format())?;
         let golden = extents::open_golden(plan.golden)?;
         let claim = claim(plan.pool, plan.name, Access::Write)?;
         refuse_too_small(&claim, plan.patch.size_bytes())?;
@@ -214,6 +215,7 @@ fn volume(plan: &VolumePlan<'_>) -> Volume {
         allocated_size_bytes: 0,
         backing: None,
         pinned: None,
+        options: plan.options.clone(),
     }
 }
 

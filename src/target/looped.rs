@@ -15,10 +15,9 @@ use crate::{
         loops::{self, LoopDevice, Options},
         mounts,
     },
-    names::VolumeName,
     progress::Progress,
     target::{
-        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan,
+        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         publish::{self, StagedFile},
         raw,
     },
@@ -32,12 +31,12 @@ impl Target for Looped {
         VolumeFormat::Loop
     }
 
-    fn check(&self, pool: &Pool, name: &VolumeName, _size_bytes: u64, allocate_bytes: u64, _overwrite: bool) -> Result<()> {
+    fn check(&self, wanted: &Wanted<'_>) -> Result<()> {
         if !Path::new("/dev/loop-control").exists() {
             let error = Error::new(Kind::Unsupported, Stage::Target, "/dev/loop-control", "this host has no loop driver");
             return Err(error.with_hint("load the loop module (modprobe loop)"));
         }
-        publish::check(pool, self.format(), name, allocate_bytes)
+        publish::check(wanted, self.format())
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {

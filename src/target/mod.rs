@@ -8,6 +8,8 @@ pub mod block;
 mod bulk;
 pub mod extents;
 pub mod looped;
+pub mod options;
+pub mod pace;
 mod publish;
 pub mod qcow2;
 pub mod raw;
@@ -16,6 +18,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::{
+    options::{BackingPath, Compression, DirectIo, Preallocation, VolumeOptions, ZeroPolicy},
+    pace::{IoPriority, Pacer},
+};
 use crate::{
     error::Result,
     fs::patch::BlockPatch,
@@ -115,6 +121,47 @@ pub struct VolumePlan<'a> {
     pub overwrite: bool,
     /// Unique per render, safe in file names: temporary names are `.cloudletd-stage-<render>-<volume>`.
     pub render: &'a str,
+    /// What was chosen about it.
+    pub options: &'a VolumeOptions,
+    /// Limits of bulk I/O.
+    pub pacer: Option<&'a Pacer>,
+    /// The volume of that name that this one takes the place of, if it is still there. Files are replaced by one rename when the new one is published:
+    /// until then the old volume is untouched, also when anything fails. A block device has no second place: its old content is gone once staging has
+    /// begun, and the cleared first MiB says so.
+    pub replace: Option<&'a Volume>,
+}
+
+impl<'a> VolumePlan<'a> {
+    /// A plan with nothing chosen: empty places only, default options, no limits, nothing replaced.
+    pub fn new(pool: &'a Pool, name: &'a VolumeName, golden: &'a GoldenDisk, patch: &'a BlockPatch, render: &'a str) -> Self {
+        VolumePlan { pool, name, golden, patch, overwrite: false, render, options: &VolumeOptions::DEFAULT, pacer: None, replace: None }
+    }
+}
+
+/// What [`Target::check`] is asked about.
+#[derive(Debug, Clone)]
+pub struct Wanted<'a> {
+    /// Where.
+    pub pool: &'a Pool,
+    /// Under which name.
+    pub name: &'a VolumeName,
+    /// Virtual size in bytes.
+    pub size_bytes: u64,
+    /// A bound on what will be allocated for data and metadata, without preallocation.
+    pub allocate_bytes: u64,
+    /// Whether live signatures on a block device may be overwritten.
+    pub overwrite: bool,
+    /// What was chosen about it.
+    pub options: &'a VolumeOptions,
+    /// As in [`VolumePlan::replace`].
+    pub replace: Option<&'a Volume>,
+}
+
+impl<'a> Wanted<'a> {
+    /// A question with nothing chosen.
+    pub fn new(pool: &'a Pool, name: &'a VolumeName, size_bytes: u64, allocate_bytes: u64) -> Self {
+        Wanted { pool, name, size_bytes, allocate_bytes, overwrite: false, options: &VolumeOptions::DEFAULT, replace: None }
+    }
 }
 
 /// A volume that exists, complete and durable. Kept in the catalogue.
@@ -138,6 +185,9 @@ pub struct Volume {
     pub backing: Option<PathBuf>,
     /// Identity of the block device it was written to, so that another device under the same name is never touched.
     pub pinned: Option<DeviceId>,
+    /// What was chosen about it; a loop device is attached again in the same way.
+    #[serde(default, skip_serializing_if = "VolumeOptions::is_default")]
+    pub options: VolumeOptions,
 }
 
 /// Identity of a block device: `st_rdev` and `/sys/dev/block/MAJ:MIN/diskseq` (Linux 5.15; BLKGETDISKSEQ), where the kernel has it.
@@ -170,9 +220,9 @@ pub trait Target: Send + Sync {
     fn format(&self) -> VolumeFormat;
 
     /// Refuses what can't work: wrong kind of pool, name taken (`AlreadyExists`), device not allowed, in use, too small (`Conflict`/`NoSpace`),
-    /// signatures without `overwrite` (`Conflict`, reason `DEVICE_NOT_EMPTY`), too little space in the pool. Writes nothing. `size_bytes` is the virtual size,
-    /// `allocate_bytes` a bound on what will be allocated.
-    fn check(&self, pool: &Pool, name: &VolumeName, size_bytes: u64, allocate_bytes: u64, overwrite: bool) -> Result<()>;
+    /// signatures without `overwrite` (`Conflict`, reason `DEVICE_NOT_EMPTY`), options of another format (`InvalidRequest`), a volume to be replaced that is
+    /// in use (`Conflict`, reason `VOLUME_IN_USE`), too little space in the pool. Writes nothing.
+    fn check(&self, wanted: &Wanted<'_>) -> Result<()>;
 
     /// Writes the volume under a temporary name. On an error nothing is left behind.
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>>;

@@ -27,7 +27,7 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     host::in_use,
     names::VolumeName,
-    target::{Place, Pool, Staged, Volume, VolumeFormat, VolumePlan},
+    target::{Place, Pool, Staged, Volume, VolumeFormat, VolumePlan, Wanted},
     units::{MIB, PATCH_BLOCK},
 };
 
@@ -53,7 +53,7 @@ pub(super) struct StagedFile {
 impl StagedFile {
     /// Creates the temporary file for `plan`. `AlreadyExists`: the name is taken, or another stage of the same render runs.
     pub fn create(plan: &VolumePlan<'_>, format: VolumeFormat) -> Result<Self> {
-        validate(plan)?;
+        validate(plan, format)?;
         let directory_path = directory_of(plan.pool, format)?.to_owned();
         let directory = File::open(&directory_path)
             .map_err(|error| Error::io(Stage::Target, directory_path.display().to_string(), "open the pool's directory", error))?;
@@ -72,6 +72,7 @@ impl StagedFile {
             allocated_size_bytes: 0,
             backing: None,
             pinned: None,
+            options: plan.options.clone(),
         };
         Ok(StagedFile { directory, directory_path, temporary, path, file, armed: true, volume })
     }
@@ -161,9 +162,11 @@ impl Staged for StagedFile {
 }
 
 /// The checks of a file target that write nothing.
-pub(super) fn check(pool: &Pool, format: VolumeFormat, name: &VolumeName, allocate_bytes: u64) -> Result<()> {
-    let directory = directory_of(pool, format)?;
+pub(super) fn check(wanted: &Wanted<'_>, format: VolumeFormat) -> Result<()> {
+    wanted.options.check(format)?;
+    let (directory, name) = (directory_of(wanted.pool, format)?, wanted.name);
     refuse_taken(directory, name)?;
+    let allocate_bytes = wanted.options.allocation(wanted.size_bytes, wanted.allocate_bytes);
     let object = || directory.display().to_string();
     let stat = rustix::fs::statvfs(directory).map_err(|errno| Error::io(Stage::Target, object(), "get the pool's free space", errno.into()))?;
     let available = stat.f_bavail.saturating_mul(stat.f_frsize);
@@ -252,7 +255,8 @@ pub(super) fn file_name(name: &VolumeName, format: VolumeFormat) -> String {
 }
 
 /// What must hold of every plan, whatever the target.
-pub(super) fn validate(plan: &VolumePlan<'_>) -> Result<()> {
+pub(super) fn validate(plan: &VolumePlan<'_>, format: VolumeFormat) -> Result<()> {
+    plan.options.check(format)?;
     let (size, golden) = (plan.patch.size_bytes(), plan.golden.size_bytes);
     let refuse = |message: String| Err(Error::new(Kind::InvalidRequest, Stage::Target, plan.name.as_str(), message));
     if size < golden {

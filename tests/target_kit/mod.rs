@@ -104,7 +104,7 @@ pub fn render(
     overwrite: bool,
 ) -> cloudletd::error::Result<Volume> {
     let name: VolumeName = name.parse().expect("valid name");
-    let plan = VolumePlan { pool, name: &name, golden, patch, overwrite, render: "r-1" };
+    let plan = VolumePlan { overwrite, ..VolumePlan::new(pool, &name, golden, patch, "r-1") };
     target_for(format).stage(&plan, &Progress::default())?.publish()
 }
 

@@ -24,10 +24,9 @@ use super::{Geometry, Layout, SUBCLUSTERS, check_backing_name};
 use crate::{
     error::{Error, Result, Stage},
     fs::patch::BlockPatch,
-    names::VolumeName,
     progress::Progress,
     target::{
-        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, extents,
+        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted, extents,
         publish::{self, StagedFile},
     },
     units::PATCH_BLOCK,
@@ -44,8 +43,8 @@ impl Target for Overlay {
         VolumeFormat::Qcow2Overlay
     }
 
-    fn check(&self, pool: &Pool, name: &VolumeName, _size_bytes: u64, allocate_bytes: u64, _overwrite: bool) -> Result<()> {
-        publish::check(pool, self.format(), name, allocate_bytes)
+    fn check(&self, wanted: &Wanted<'_>) -> Result<()> {
+        publish::check(wanted, self.format())
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {

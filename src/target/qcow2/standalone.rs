@@ -20,10 +20,9 @@ use super::{Geometry, Layout, shim};
 use crate::{
     error::{Error, Kind, Result, Stage},
     fs::patch::BlockPatch,
-    names::VolumeName,
     progress::Progress,
     target::{
-        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan,
+        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         bulk::{self, Source},
         extents::{self, Ranges},
         publish::{self, StagedFile},
@@ -45,8 +44,8 @@ impl Target for Standalone {
         VolumeFormat::Qcow2
     }
 
-    fn check(&self, pool: &Pool, name: &VolumeName, _size_bytes: u64, allocate_bytes: u64, _overwrite: bool) -> Result<()> {
-        publish::check(pool, self.format(), name, allocate_bytes)
+    fn check(&self, wanted: &Wanted<'_>) -> Result<()> {
+        publish::check(wanted, self.format())
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
