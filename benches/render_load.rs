@@ -253,7 +253,7 @@ async fn delete(volumes: VolumeServiceClient<Channel>, job: &Arc<Job>) -> Result
                     return;
                 }
                 // Of a render that failed there is nothing to delete; what is left over shows in the pool.
-                let _ = volumes.delete_volume(proto::DeleteVolumeRequest { volume: Some(reference(&job, number)) }).await;
+                let _ = volumes.delete_volume(proto::DeleteVolumeRequest { volume: Some(reference(&job, number)), delete_data: false }).await;
             }
         });
     }

@@ -25,5 +25,5 @@ if [[ $json == yes ]]; then
     echo "$volumes"
     exit
 fi
-jq --raw-output "$JQ_SIZE"'["\(.ref.pool)/\(.ref.name)", .instance, (.format | ltrimstr("VOLUME_FORMAT_") | ascii_downcase), (.virtualSizeBytes | size),
-    (.allocatedSizeBytes | size), .device, .createdAt] | @tsv' <<<"$volumes" | table VOLUME INSTANCE FORMAT SIZE ALLOCATED DEVICE CREATED
+jq --raw-output "$JQ_SIZE"'["\(.ref.pool)/\(.ref.name)", .instance, (.role | ltrimstr("DEVICE_ROLE_") | ascii_downcase), (.format | ltrimstr("VOLUME_FORMAT_") | ascii_downcase), (.virtualSizeBytes | size),
+    (.allocatedSizeBytes | size), .device, .createdAt] | @tsv' <<<"$volumes" | table VOLUME INSTANCE ROLE FORMAT SIZE ALLOCATED DEVICE CREATED

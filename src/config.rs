@@ -10,9 +10,9 @@ use serde::Deserialize;
 use crate::{
     disk::Layout,
     error::{Error, Kind, Result, Stage},
-    fs::FsKind,
+    fs::{FsKind, Profile},
     names::PoolName,
-    target::{Place, Pool},
+    target::{IoPriority, Place, Pool},
     units::{Bytes, GIB, MIB},
 };
 
@@ -141,6 +141,29 @@ pub struct Golden {
     pub layout: Layout,
     /// Largest golden disk.
     pub max_size: Bytes,
+    /// Golden images that are prepared when the daemon starts.
+    #[serde(rename = "prerender")]
+    pub prerenders: Vec<Prerender>,
+}
+
+/// A golden image that is prepared when the daemon starts. What is not given comes from the manifest and the defaults.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prerender {
+    /// Id of a catalogued image. Exclusive with `manifest`; one of the two is required.
+    pub image: Option<String>,
+    /// A manifest on this host; it is catalogued if it is not yet. Absolute.
+    pub manifest: Option<PathBuf>,
+    /// Where the root filesystem of `manifest` is, when the manifest does not say.
+    pub rootfs_url: Option<String>,
+    /// Filesystem.
+    pub filesystem: Option<FsKind>,
+    /// Layout.
+    pub layout: Option<Layout>,
+    /// Size of the disk.
+    pub size: Option<Bytes>,
+    /// ext4 features.
+    pub profile: Option<Profile>,
 }
 
 /// Limits on what runs and waits.
@@ -159,6 +182,12 @@ pub struct Limits {
     pub volume_max_size: Bytes,
     /// Seconds that running renders get to finish after SIGTERM.
     pub drain_timeout_secs: u64,
+    /// Memory that is left to the guests: a golden image is not built when less would remain.
+    pub memory_reserve: Bytes,
+    /// Bytes a second that all volumes and golden images together are written with; 0 for as fast as the storage takes them.
+    pub write_bandwidth: Bytes,
+    /// I/O priority of the threads that write in bulk: inherit, low or idle.
+    pub io_priority: IoPriority,
 }
 
 impl Default for Config {
@@ -198,7 +227,7 @@ impl Default for Fetch {
 
 impl Default for Golden {
     fn default() -> Self {
-        Golden { size: Bytes(4 * GIB), filesystem: FsKind::Ext4, layout: Layout::Bare, max_size: Bytes(1024 * GIB) }
+        Golden { size: Bytes(4 * GIB), filesystem: FsKind::Ext4, layout: Layout::Bare, max_size: Bytes(1024 * GIB), prerenders: Vec::new() }
     }
 }
 
@@ -211,6 +240,9 @@ impl Default for Limits {
             queued_renders: 4096,
             volume_max_size: Bytes(16 * 1024 * GIB),
             drain_timeout_secs: 60,
+            memory_reserve: Bytes(256 * MIB),
+            write_bandwidth: Bytes(0),
+            io_priority: IoPriority::Inherit,
         }
     }
 }
@@ -274,6 +306,19 @@ impl Config {
         if self.golden.size.0 < 16 * MIB || self.golden.size > self.golden.max_size {
             return wrong("golden.size", format!("{} is not between 16 MiB and golden.max_size ({})", self.golden.size, self.golden.max_size));
         }
+        for (index, prerender) in self.golden.prerenders.iter().enumerate() {
+            let at = |key: &str| format!("golden.prerender[{index}].{key}");
+            match (&prerender.image, &prerender.manifest) {
+                (Some(_), None) if prerender.rootfs_url.is_none() => {}
+                (Some(_), None) => return wrong(&at("rootfs_url"), "goes with manifest, not with image".into()),
+                (None, Some(path)) if path.is_absolute() => {}
+                (None, Some(path)) => return wrong(&at("manifest"), format!("{path:?} is not an absolute path")),
+                _ => return wrong(&at("image"), "either image or manifest says what is prepared".into()),
+            }
+        }
+        if (1..MIB).contains(&self.limits.write_bandwidth.0) {
+            return wrong("limits.write_bandwidth", format!("{} a second is less than 1 MiB; 0 is no limit", self.limits.write_bandwidth));
+        }
         for (field, value) in [
             ("limits.concurrent_renders", self.limits.concurrent_renders),
             ("limits.concurrent_builds", self.limits.concurrent_builds),
@@ -320,6 +365,11 @@ mod tests {
             ("[[pool]]\nname='a'\nkind='devices'\npath='/dev'\nallow=[]", "pool[0].allow"),
             ("[golden]\nsize='1 KiB'", "golden.size"),
             ("[limits]\nconcurrent_renders=0", "limits.concurrent_renders"),
+            ("[limits]\nwrite_bandwidth='1 KiB'", "limits.write_bandwidth"),
+            ("[[golden.prerender]]\nsize='1 GiB'", "golden.prerender[0].image"),
+            ("[[golden.prerender]]\nimage='a'\nmanifest='/b'", "golden.prerender[0].image"),
+            ("[[golden.prerender]]\nmanifest='b'", "golden.prerender[0].manifest"),
+            ("[[golden.prerender]]\nimage='a'\nrootfs_url='http://b'", "golden.prerender[0].rootfs_url"),
         ] {
             let error = Config::parse(text).expect_err(text);
             assert!(error.chain().contains(want), "{text}: {}", error.chain());

@@ -81,7 +81,10 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     // Fails when there is no service manager to tell, which is fine.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
+    let preparing = tokio::spawn(crate::render::prerender::prepare_all(Arc::clone(&engine)));
+
     stopped.await;
+    preparing.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("draining");
     stop.send_replace(true);

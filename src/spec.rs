@@ -6,8 +6,9 @@ use crate::{
     disk::Layout,
     fs::{FsKind, Profile},
     guest::config::InstanceConfig,
-    names::{PoolName, RenderKey, VolumeName},
-    target::VolumeFormat,
+    mapping::Role,
+    names::{DeviceName, GuestPath, PoolName, RenderKey, VolumeName},
+    target::{VolumeFormat, VolumeOptions},
 };
 
 /// One instance to render.
@@ -27,10 +28,47 @@ pub struct RenderSpec {
     pub size_bytes: Option<u64>,
     /// Whether signatures on a block device may be overwritten.
     pub overwrite: bool,
+    /// How the format stores it.
+    pub options: VolumeOptions,
+    /// Whether a root volume of this name that the same instance has already is replaced; its identity and its data volumes stay.
+    pub replace: bool,
+    /// Further devices; one that has the name of a device of the manifest completes it.
+    pub devices: Vec<DeviceSpec>,
     /// Options of the golden.
     pub golden: GoldenOptions,
     /// The request as it was decoded, secrets replaced by digests; two requests are the same when this is equal.
     pub canonical: Value,
+}
+
+/// A device of an instance beside its root; what is not given comes from the manifest's device of the same name, then from the defaults.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// What it is called; the role when not given, with a number from the second of a role on.
+    pub name: Option<DeviceName>,
+    /// What it is for; never a root.
+    pub role: Option<Role>,
+    /// Pool; the root's when not given.
+    pub pool: Option<PoolName>,
+    /// Name in the pool; `ROOT-DEVICE` when not given.
+    pub volume: Option<VolumeName>,
+    /// How it is stored; by the pool's kind when not given.
+    pub format: Option<VolumeFormat>,
+    /// Size in bytes, a multiple of 4096.
+    pub size_bytes: Option<u64>,
+    /// Filesystem.
+    pub filesystem: Option<FsKind>,
+    /// Label of the filesystem or swap space.
+    pub label: Option<String>,
+    /// Where the guest mounts it.
+    pub mount: Option<GuestPath>,
+    /// Mount options for fstab.
+    pub mount_options: Option<String>,
+    /// Whether it holds what is at the manifest's persistent paths.
+    pub persistent: bool,
+    /// Whether signatures on a block device may be overwritten.
+    pub overwrite: bool,
+    /// How the format stores it.
+    pub options: VolumeOptions,
 }
 
 /// What a golden image is to be like; what is not given comes from the manifest, then from the configuration.

@@ -7,6 +7,7 @@ mod common;
 use std::{fs::File, path::Path, process::Command};
 
 use common::{
+    boot::GuestFile,
     daemon::Daemon,
     leak::LeakGuard,
     rig::{call_ok, check, guest, image, render},
@@ -72,6 +73,28 @@ fn the_mappings_own_qemu_arguments_boot() {
     let image = image(&daemon, FIXTURE, &json!({}));
     let rendered = render(&daemon, &image, "args-1", "QCOW2_OVERLAY", &json!({}));
     check(&guest(FIXTURE, rendered.qemu_args()).boot(), &rendered, "args-1");
+}
+
+#[test]
+fn a_guest_mounts_its_data_scratch_and_swap_by_its_own_fstab() {
+    let daemon = Daemon::start("");
+    let image = image(&daemon, FIXTURE, &json!({"persistent": ["/var/lib/dpkg"]}));
+    let devices = json!([
+        {"role": "DEVICE_ROLE_DATA", "persistent": true, "sizeBytes": 256 << 20},
+        {"role": "DEVICE_ROLE_SWAP", "sizeBytes": 64 << 20, "format": "VOLUME_FORMAT_QCOW2"},
+        {"role": "DEVICE_ROLE_SCRATCH", "sizeBytes": 64 << 20, "mount": "/srv/scratch"},
+    ]);
+    let rendered = render(&daemon, &image, "db-1", "QCOW2_OVERLAY", &json!({"devices": devices}));
+    let guest = guest(FIXTURE, rendered.qemu_args()).cmdline("boot.mounts=1").file("/proc/1/mounts").file("/proc/swaps").file("/var/lib/dpkg");
+    let report = guest.boot();
+    check(&report, &rendered, "db-1");
+    let mounts = report.guest_text("/proc/1/mounts");
+    let mounted = |target: &str| mounts.lines().any(|line| line.split(' ').nth(1) == Some(target) && line.split(' ').nth(2) == Some("ext4"));
+    assert!(mounted("/var/lib/dpkg") && mounted("/srv/scratch"), "{mounts}");
+    assert!(report.guest_text("/proc/swaps").contains("/dev/vdc"), "{report:#?}");
+    // What the image had there is what the guest sees there, from the other disk.
+    let GuestFile::Directory { names, .. } = report.guest_file("/var/lib/dpkg") else { panic!("no persistent directory: {report:#?}") };
+    assert!(names.iter().any(|name| name == "status"), "{names:?}");
 }
 
 /// A loop device of the test's own, detached at the end.

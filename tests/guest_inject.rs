@@ -44,7 +44,7 @@ fn identity() -> Identity {
 fn try_with(facts: &GuestFacts, config: &InstanceConfig, claimed: &[&str]) -> Result<Injection, Error> {
     let claimed: BTreeSet<String> = claimed.iter().map(|path| (*path).to_owned()).collect();
     let secret_args = BTreeSet::from(["pin".to_owned()]);
-    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4 };
+    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4, mounts: Default::default() };
     let inputs = Inputs {
         facts,
         config,

@@ -33,7 +33,7 @@ fn apply(root: &Path) -> Injection {
     let config = decode::from_json(DOCUMENT.as_bytes(), Some(&instance)).expect("valid").config;
     let identity = Identity::derive(&uuid::Uuid::from_u128(1), &instance, Secret::new(vec![9; 32])).expect("identity");
     let none = BTreeSet::new();
-    let mount = RootMount { source: "UUID=6a1f0a5e-0000-4000-8000-000000000001".into(), fs: FsKind::Ext4 };
+    let mount = RootMount { source: "UUID=6a1f0a5e-0000-4000-8000-000000000001".into(), fs: FsKind::Ext4, mounts: Default::default() };
     let inputs = Inputs {
         facts: &facts,
         config: &config,

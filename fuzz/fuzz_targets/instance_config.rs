@@ -63,7 +63,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let config = decoded.config;
     let identity = Identity::derive(&Uuid::from_u128(1), &config.instance, Secret::new(vec![7; 32])).expect("an identity");
-    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4 };
+    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4, mounts: Default::default() };
     let claimed = BTreeSet::from(["/etc/motd".to_owned()]);
     let secret_args = BTreeSet::from(["pin".to_owned()]);
     let now = Timestamp { secs: 5, nanos: 0 };

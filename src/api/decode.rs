@@ -12,11 +12,12 @@ use crate::{
         self,
         config::{AuthorizedKeys, BackendKind, Cidr, HostKeys, InjectedFile, InstanceConfig, Interface, Network, Route, Secret},
     },
+    mapping::Role,
     names::{Digest, GuestPath, InstanceName},
     proto,
-    spec::{GoldenOptions, RenderSpec},
-    target::VolumeFormat,
-    units::{PATCH_BLOCK, round_up},
+    spec::{DeviceSpec, GoldenOptions, RenderSpec},
+    target::{BackingPath, Compression, DirectIo, Preallocation, VolumeFormat, VolumeOptions, ZeroPolicy},
+    units::{Bytes, PATCH_BLOCK, round_up},
 };
 
 fn parsed<T: FromStr<Err = String>>(field: &str, text: &str) -> Result<T> {
@@ -48,38 +49,119 @@ pub fn render_spec(spec: Option<proto::RenderSpec>) -> Result<RenderSpec> {
     let message = spec.instance.clone().ok_or_else(|| Error::field(Stage::Request, "spec.instance", "is required"))?;
     let instance = instance("spec.instance", &message)?;
     guest::validate::validate(&instance).map_err(|error| error.under_field("spec.instance"))?;
-    let format = match proto::VolumeFormat::try_from(spec.format) {
-        Ok(proto::VolumeFormat::Unspecified) => None,
-        Ok(proto::VolumeFormat::Raw) => Some(VolumeFormat::Raw),
-        Ok(proto::VolumeFormat::Qcow2Overlay) => Some(VolumeFormat::Qcow2Overlay),
-        Ok(proto::VolumeFormat::Qcow2) => Some(VolumeFormat::Qcow2),
-        Ok(proto::VolumeFormat::Block) => Some(VolumeFormat::Block),
-        Ok(proto::VolumeFormat::Loop) => Some(VolumeFormat::Loop),
-        Err(_) => return Err(Error::field(Stage::Request, "spec.format", format!("{} is not a format", spec.format))),
-    };
     Ok(RenderSpec {
         pool: parsed("spec.volume.pool", &volume.pool)?,
         volume: parsed("spec.volume.name", &volume.name)?,
         golden: golden_options(spec.golden.clone(), "spec.golden")?,
         size_bytes: (spec.size_bytes > 0).then(|| round_up(spec.size_bytes, PATCH_BLOCK)),
         overwrite: spec.overwrite,
-        format,
+        format: format("spec.format", spec.format)?,
+        options: volume_options("spec.options", spec.options)?,
+        replace: spec.replace,
+        devices: list("spec.devices", &spec.devices, device)?,
         canonical: canonical(&spec, &message, &instance),
         image_id: spec.image_id,
         instance,
     })
 }
 
+fn format(field: &str, format: i32) -> Result<Option<VolumeFormat>> {
+    Ok(match proto::VolumeFormat::try_from(format) {
+        Ok(proto::VolumeFormat::Unspecified) => None,
+        Ok(proto::VolumeFormat::Raw) => Some(VolumeFormat::Raw),
+        Ok(proto::VolumeFormat::Qcow2Overlay) => Some(VolumeFormat::Qcow2Overlay),
+        Ok(proto::VolumeFormat::Qcow2) => Some(VolumeFormat::Qcow2),
+        Ok(proto::VolumeFormat::Block) => Some(VolumeFormat::Block),
+        Ok(proto::VolumeFormat::Loop) => Some(VolumeFormat::Loop),
+        Err(_) => return Err(Error::field(Stage::Request, field, format!("{format} is not a format"))),
+    })
+}
+
+fn volume_options(field: &str, message: Option<proto::VolumeOptions>) -> Result<VolumeOptions> {
+    let Some(message) = message else { return Ok(VolumeOptions::default()) };
+    let unknown =
+        |name: &str, number: i32| Err(Error::field(Stage::Request, format!("{field}.{name}"), format!("{number} is not one of its values")));
+    Ok(VolumeOptions {
+        cluster_size: (message.cluster_size_bytes > 0).then(|| Bytes(message.cluster_size_bytes.into())),
+        extended_l2: message.extended_l2,
+        lazy_refcounts: message.lazy_refcounts,
+        backing_path: match proto::BackingPath::try_from(message.backing_path) {
+            Ok(proto::BackingPath::Unspecified) => None,
+            Ok(proto::BackingPath::Absolute) => Some(BackingPath::Absolute),
+            Ok(proto::BackingPath::Relative) => Some(BackingPath::Relative),
+            Err(_) => return unknown("backing_path", message.backing_path),
+        },
+        compression: match proto::Compression::try_from(message.compression) {
+            Ok(proto::Compression::Unspecified) => None,
+            Ok(proto::Compression::None) => Some(Compression::None),
+            Ok(proto::Compression::Zlib) => Some(Compression::Zlib),
+            Ok(proto::Compression::Zstd) => Some(Compression::Zstd),
+            Err(_) => return unknown("compression", message.compression),
+        },
+        preallocation: match proto::Preallocation::try_from(message.preallocation) {
+            Ok(proto::Preallocation::Unspecified) => None,
+            Ok(proto::Preallocation::Sparse) => Some(Preallocation::Sparse),
+            Ok(proto::Preallocation::Falloc) => Some(Preallocation::Falloc),
+            Ok(proto::Preallocation::Full) => Some(Preallocation::Full),
+            Err(_) => return unknown("preallocation", message.preallocation),
+        },
+        zero_policy: match proto::ZeroPolicy::try_from(message.zero_policy) {
+            Ok(proto::ZeroPolicy::Unspecified) => None,
+            Ok(proto::ZeroPolicy::Auto) => Some(ZeroPolicy::Auto),
+            Ok(proto::ZeroPolicy::ZeroOut) => Some(ZeroPolicy::ZeroOut),
+            Ok(proto::ZeroPolicy::Discard) => Some(ZeroPolicy::Discard),
+            Ok(proto::ZeroPolicy::Write) => Some(ZeroPolicy::Write),
+            Ok(proto::ZeroPolicy::Keep) => Some(ZeroPolicy::Keep),
+            Err(_) => return unknown("zero_policy", message.zero_policy),
+        },
+        read_only: message.loop_read_only,
+        partition_scan: message.loop_partition_scan,
+        direct_io: message.loop_direct_io.map(|on| if on { DirectIo::On } else { DirectIo::Off }),
+        verify: message.verify,
+    })
+}
+
+fn device(field: &str, message: &proto::DeviceSpec) -> Result<DeviceSpec> {
+    let at = |rest: &str| format!("{field}.{rest}");
+    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    let volume = message.volume.clone().unwrap_or_default();
+    Ok(DeviceSpec {
+        name: optional(&at("name"), &message.name)?,
+        role: match proto::DeviceRole::try_from(message.role) {
+            Ok(proto::DeviceRole::Unspecified) => None,
+            Ok(proto::DeviceRole::Root) => Some(Role::Root),
+            Ok(proto::DeviceRole::Data) => Some(Role::Data),
+            Ok(proto::DeviceRole::Swap) => Some(Role::Swap),
+            Ok(proto::DeviceRole::Scratch) => Some(Role::Scratch),
+            Ok(proto::DeviceRole::Seed) => Some(Role::Seed),
+            Err(_) => return Err(Error::field(Stage::Request, at("role"), format!("{} is not a role", message.role))),
+        },
+        pool: optional(&at("volume.pool"), &volume.pool)?,
+        volume: optional(&at("volume.name"), &volume.name)?,
+        format: format(&at("format"), message.format)?,
+        size_bytes: (message.size_bytes > 0).then(|| round_up(message.size_bytes, PATCH_BLOCK)),
+        filesystem: filesystem(&at("filesystem"), &message.filesystem)?,
+        label: text(&message.label),
+        mount: optional(&at("mount"), &message.mount)?,
+        mount_options: text(&message.mount_options),
+        persistent: message.persistent,
+        overwrite: message.overwrite,
+        options: volume_options(&at("options"), message.options)?,
+    })
+}
+
+fn filesystem(field: &str, text: &str) -> Result<Option<FsKind>> {
+    let kind = (!text.is_empty()).then(|| serde_json::from_value(json!(text))).transpose();
+    kind.map_err(|_| Error::field(Stage::Request, field, format!("{text:?} is not ext4, xfs or btrfs")))
+}
+
 /// Options of a golden image; `field` is where they stand in the request.
 pub fn golden_options(options: Option<proto::GoldenOptions>, field: &str) -> Result<GoldenOptions> {
     let options = options.unwrap_or_default();
     let word = |text: &str| (!text.is_empty()).then(|| json!(text));
-    let filesystem = word(&options.filesystem).map(serde_json::from_value::<FsKind>).transpose();
     let profile = word(&options.profile).map(serde_json::from_value::<Profile>).transpose();
     Ok(GoldenOptions {
-        filesystem: filesystem.map_err(|_| {
-            Error::field(Stage::Request, format!("{field}.filesystem"), format!("{:?} is not ext4, xfs or btrfs", options.filesystem))
-        })?,
+        filesystem: filesystem(&format!("{field}.filesystem"), &options.filesystem)?,
         profile: profile.map_err(|_| {
             Error::field(Stage::Request, format!("{field}.profile"), format!("{:?} is not modern, grub206 or compat", options.profile))
         })?,
@@ -230,6 +312,9 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
         "format": spec.format,
         "size_bytes": spec.size_bytes,
         "overwrite": spec.overwrite,
+        "options": spec.options.as_ref().map(|options| format!("{options:?}")),
+        "replace": spec.replace,
+        "devices": spec.devices.iter().map(|device| format!("{device:?}")).collect::<Vec<_>>(),
         "golden": spec.golden.as_ref().map(|golden| json!({
             "filesystem": golden.filesystem, "layout": golden.layout, "size_bytes": golden.size_bytes, "profile": golden.profile,
         })),

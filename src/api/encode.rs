@@ -5,8 +5,10 @@ use std::path::Path;
 use crate::{
     disk::Layout,
     error::{Error, Result, Stage},
-    mapping, proto,
-    render::jobs::Snapshot,
+    mapping::{self, Role},
+    names::{PoolName, VolumeName},
+    proto,
+    render::{devices::ResolvedDevice, jobs::Snapshot},
     store::records::{FailureRecord, GoldenRecord, RenderState, VolumeRecord},
     target::{self, VolumeFormat},
 };
@@ -101,12 +103,17 @@ pub fn golden(golden: GoldenRecord, backed_volumes: u32, dir: &Path) -> proto::G
 
 /// A volume.
 pub fn volume(record: &VolumeRecord) -> proto::Volume {
-    volume_of(&record.volume, &record.mapping)
+    let root = record.root.as_ref().map(|(pool, name)| volume_ref(pool, name));
+    volume_of(&record.volume, &record.mapping, record.role, root)
 }
 
-fn volume_of(volume: &target::Volume, mapping: &mapping::Mapping) -> proto::Volume {
+fn volume_ref(pool: &PoolName, name: &VolumeName) -> proto::VolumeRef {
+    proto::VolumeRef { pool: pool.to_string(), name: name.to_string() }
+}
+
+fn volume_of(volume: &target::Volume, mapping: &mapping::Mapping, role: Role, root: Option<proto::VolumeRef>) -> proto::Volume {
     proto::Volume {
-        r#ref: Some(proto::VolumeRef { pool: volume.pool.to_string(), name: volume.name.to_string() }),
+        r#ref: Some(volume_ref(&volume.pool, &volume.name)),
         format: format(volume.format) as i32,
         path: path_text(&volume.path),
         device: path_text(&volume.device),
@@ -116,6 +123,29 @@ fn volume_of(volume: &target::Volume, mapping: &mapping::Mapping) -> proto::Volu
         image_id: mapping.image_id.clone(),
         render_id: mapping.render_id.clone(),
         created_at: Some(timestamp(mapping.created_secs)),
+        role: device_role(role) as i32,
+        root,
+    }
+}
+
+/// What a device is for.
+pub fn device_role(role: Role) -> proto::DeviceRole {
+    match role {
+        Role::Root => proto::DeviceRole::Root,
+        Role::Data => proto::DeviceRole::Data,
+        Role::Swap => proto::DeviceRole::Swap,
+        Role::Scratch => proto::DeviceRole::Scratch,
+        Role::Seed => proto::DeviceRole::Seed,
+    }
+}
+
+/// A device of a plan.
+pub fn planned_device(device: &ResolvedDevice) -> proto::PlannedDevice {
+    proto::PlannedDevice {
+        name: device.name.to_string(),
+        role: device_role(device.role) as i32,
+        volume: Some(volume_ref(&device.pool.name, &device.volume)),
+        kept: device.kept().is_some(),
     }
 }
 
@@ -140,21 +170,19 @@ pub fn mapping(mapping: &mapping::Mapping) -> proto::Mapping {
 }
 
 fn device_of(index: usize, device: &mapping::Device, whole: &mapping::Mapping) -> proto::Device {
-    let name = |bus| mapping::names::guest_name(bus, index);
+    let guest_name = |bus| mapping::names::guest_name(bus, index);
+    let root = whole.devices.first().filter(|first| first.role == Role::Root && device.role != Role::Root);
+    let root = root.map(|root| volume_ref(&root.volume.pool, &root.volume.name));
     proto::Device {
-        role: match device.role {
-            mapping::Role::Root => proto::DeviceRole::Root,
-            mapping::Role::Data => proto::DeviceRole::Data,
-            mapping::Role::Swap => proto::DeviceRole::Swap,
-            mapping::Role::Scratch => proto::DeviceRole::Scratch,
-            mapping::Role::Seed => proto::DeviceRole::Seed,
-        } as i32,
+        name: device.name.clone(),
+        mount: device.mount.clone().unwrap_or_default(),
+        role: device_role(device.role) as i32,
         boot_order: device.boot_order,
-        volume: Some(volume_of(&device.volume, whole)),
+        volume: Some(volume_of(&device.volume, whole, device.role, root)),
         read_only: device.read_only,
-        xen_name: name(mapping::Bus::Xen),
-        virtio_name: name(mapping::Bus::Virtio),
-        scsi_name: name(mapping::Bus::Scsi),
+        xen_name: guest_name(mapping::Bus::Xen),
+        virtio_name: guest_name(mapping::Bus::Virtio),
+        scsi_name: guest_name(mapping::Bus::Scsi),
         format: match device.volume.format {
             VolumeFormat::Qcow2 | VolumeFormat::Qcow2Overlay => "qcow2",
             VolumeFormat::Raw | VolumeFormat::Block | VolumeFormat::Loop => "raw",

@@ -32,6 +32,7 @@ impl RenderService for Renders {
             injected_json: plan.ready.as_ref().map(|ready| ready.injected.to_string()).unwrap_or_default(),
             patch_blocks: plan.ready.as_ref().map_or(0, |ready| ready.patch_blocks),
             size_bytes: plan.size_bytes,
+            devices: plan.devices.iter().map(encode::planned_device).collect(),
             edits: plan
                 .ready
                 .map(|ready| ready.edits)

@@ -78,9 +78,10 @@ impl VolumeService for Volumes {
     }
 
     async fn delete_volume(&self, request: Request<proto::DeleteVolumeRequest>) -> Result<Response<proto::DeleteVolumeResponse>, Status> {
-        let (pool, name) = names(request.into_inner().volume)?;
+        let request = request.into_inner();
+        let (pool, name) = names(request.volume)?;
         let engine = Arc::clone(&self.0);
-        let deleted = blocking(Stage::Target, move || engine.delete_volume(&pool, &name)).await?;
+        let deleted = blocking(Stage::Target, move || engine.delete_volume(&pool, &name, request.delete_data)).await?;
         Ok(Response::new(proto::DeleteVolumeResponse { deleted }))
     }
 }

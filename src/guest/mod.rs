@@ -11,7 +11,7 @@
 //!              ssh          host keys from the identity's seed
 //!              users        authorized keys, root's password hash
 //!              network      one back-end's files, names by MAC, resolv.conf; what would shadow them is removed
-//!              fstab        the root line
+//!              fstab        the root line, and those of further devices
 //!              files        what the caller wants besides
 //!              applied      /.cloudlet/applied_config, without secrets
 //! ```
@@ -65,7 +65,7 @@ pub struct Inputs<'a> {
     pub claimed: &'a BTreeSet<String>,
     /// Names of `args` whose values are secret and must not be recorded in the guest.
     pub secret_args: &'a BTreeSet<String>,
-    /// What fstab says about `/`; `None` leaves fstab alone.
+    /// What fstab says about `/` and the instance's further devices; `None` leaves fstab alone.
     pub fstab_root: Option<&'a RootMount>,
     /// Recorded as the time the configuration was applied.
     pub now: Timestamp,

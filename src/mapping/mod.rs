@@ -66,6 +66,9 @@ pub enum Role {
 /// One block device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Device {
+    /// What it is called among the devices of its instance: `root`, `data`, …
+    #[serde(default)]
+    pub name: String,
     /// What it is for.
     pub role: Role,
     /// 0 boots first.
@@ -88,6 +91,9 @@ pub struct Device {
     pub partitions: Vec<Partition>,
     /// The filesystem that matters on this device.
     pub filesystem: Option<Filesystem>,
+    /// Where the guest mounts it, when that is one place other than `/`.
+    #[serde(default)]
+    pub mount: Option<String>,
 }
 
 /// A file behind a volume.

@@ -27,6 +27,8 @@ fn device(role: Role, boot_order: u32, format: VolumeFormat, path: &str) -> Devi
         disk_uuid: None,
         partitions: Vec::new(),
         filesystem: None,
+        name: role.name().into(),
+        mount: None,
     }
 }
 

@@ -73,6 +73,10 @@ impl Engine {
         let permit = self.fetch_permits.acquire().await;
         let _permit = permit.map_err(|error| Error::internal(Stage::Fetch, "", "the fetch permits are closed").with_source(error))?;
         progress.check()?;
+        let _promised = match image.rootfs_size {
+            Some(size) => Some(self.admission.promise_store(&self.store.tmp(), size, "the root filesystem's tarball")?),
+            None => None,
+        };
         progress.enter(Stage::Fetch, image.rootfs_size.unwrap_or(0));
         // The same URL and digest always use the same name, so that an interrupted transfer is resumed.
         let name = Digest::of(format!("{url}\n{:?}", image.rootfs_digest).as_bytes());

@@ -111,9 +111,12 @@ impl Engine {
         let permit = self.build_permits.acquire().await;
         let _permit = permit.map_err(|error| Error::internal(Stage::Golden, "", "the build permits are closed").with_source(error))?;
         progress.check()?;
+        self.admission.check_memory()?;
         begin();
         let engine = Arc::clone(self);
         blocking(Stage::Golden, move || {
+            let need = build_size(&fetched)?;
+            let _promised = engine.admission.promise_store(&engine.store.tmp(), need, "the golden image")?;
             // The flight is held until the golden can be found, even if whoever awaits this goes away.
             let _flight = flight;
             let begun = std::time::Instant::now();
@@ -200,6 +203,18 @@ impl Engine {
         loaded.push(Arc::clone(&golden));
         Ok(Some(golden))
     }
+}
+
+/// About how much a golden allocates, bytes: a tarball's size, times what compressors usually save on a root filesystem; never more than the disk.
+fn build_size(fetched: &Fetched) -> Result<u64> {
+    let object = || fetched.blob.display().to_string();
+    let size = fs::metadata(&fetched.blob).map_err(|error| Error::io(Stage::Golden, object(), "look at the tarball", error))?.len();
+    let compression = match fetched.resolved.image.compression()? {
+        Some(compression) => compression,
+        None => detected(&fetched.blob)?,
+    };
+    let factor = if compression == Compression::None { 1 } else { 3 };
+    Ok(size.saturating_mul(factor).min(fetched.golden.size_bytes))
 }
 
 /// Builds a golden in the store and gives its row. On an error nothing is left.

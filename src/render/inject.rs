@@ -11,11 +11,12 @@ use crate::{
     guest::{
         self,
         config::{InstanceConfig, Secret},
-        fstab::RootMount,
+        fstab::{Mounts, RootMount},
         identity::Identity,
     },
     manifest::apply,
     mapping::GuestIdentity,
+    names::InstanceName,
     render::{
         golden::{GoldenIds, LoadedGolden},
         resolve::{Resolved, ResolvedRender},
@@ -41,31 +42,35 @@ pub struct Injected {
     pub disk_identity: Uuid,
 }
 
-/// Computes the edits of a render. `seed` is secret and drawn once per render; `now` is stamped on what is touched.
-pub fn inject(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, seed: Secret, now: Timestamp) -> Result<Injected> {
+/// Who the instance is. `seed` is secret; it is drawn once per instance.
+pub fn identity(instance: &InstanceName, seed: Secret) -> Result<Identity> {
+    Identity::derive(&INSTANCE_NAMESPACE, instance, seed)
+}
+
+/// Computes the edits of a render; `now` is stamped on what is touched.
+pub fn inject(
+    resolved: &Resolved,
+    render: &ResolvedRender,
+    golden: &LoadedGolden,
+    identity: &Identity,
+    mounts: Mounts,
+    now: Timestamp,
+) -> Result<Injected> {
     let config = &render.spec.instance;
-    let identity = Identity::derive(&INSTANCE_NAMESPACE, &config.instance, seed)?;
-    let filesystem_uuid = root_uuid(&golden.record.spec, &identity);
+    let filesystem_uuid = root_uuid(&golden.record.spec, identity);
     let image = apply::ImageInfo { id: resolved.image.record.id.clone(), name: resolved.image.manifest.name().to_owned() };
     let context = apply::context(config, &render.args, &image);
     let mut edits = apply::template_edits(&resolved.image.manifest, &golden.facts, &context)?;
     let claimed: BTreeSet<String> = resolved.image.manifest.templates().iter().map(ToString::to_string).collect();
-    let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem };
+    let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem, mounts };
     let secret_args = render.args.keys().filter(|name| resolved.image.manifest.is_secret_arg(name)).cloned().collect();
     // What is recorded in the guest are the args as they were used, defaults included.
     let mut config = InstanceConfig { args: render.args.clone(), ..config.clone() };
     if let Some(network) = &mut config.network {
         network.backend = network.backend.or(resolved.image.manifest.network_backend());
     }
-    let inputs = guest::Inputs {
-        facts: &golden.facts,
-        config: &config,
-        identity: &identity,
-        claimed: &claimed,
-        secret_args: &secret_args,
-        fstab_root: Some(&root),
-        now,
-    };
+    let inputs =
+        guest::Inputs { facts: &golden.facts, config: &config, identity, claimed: &claimed, secret_args: &secret_args, fstab_root: Some(&root), now };
     let injection = guest::inject(&inputs)?;
     let templates: Vec<Value> = edits.iter().map(|edit| serde_json::json!({"path": edit.path.to_string(), "why": edit.why})).collect();
     edits.extend(injection.edits);

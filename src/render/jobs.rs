@@ -18,11 +18,11 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     names::Digest,
     progress::{Progress, Reading},
-    render::{Engine, blocking, now_ms, resolve::Resolved},
+    render::{Engine, blocking, devices::ResolvedDevice, now_ms, resolve::Resolved},
     spec::{JobSpec, first_difference},
     store::{
         catalog::Admitted,
-        records::{FailureRecord, RenderRecord, RenderState},
+        records::{FailureRecord, RenderRecord, RenderState, VolumeKey},
     },
 };
 
@@ -76,7 +76,8 @@ impl Engine {
             return Ok(existing);
         }
         let resolved = self.resolve(job).await?;
-        let reservation = self.reserve(&resolved)?;
+        let engine = Arc::clone(self);
+        let (resolved, reservation) = blocking(Stage::Resolve, move || engine.reserve(resolved)).await?;
         let engine = Arc::clone(self);
         let admitted = blocking(Stage::Store, move || engine.store.catalog.admit_render(record)).await?;
         let record = match admitted {
@@ -252,7 +253,7 @@ impl Engine {
             match resolved.render.as_ref() {
                 Some(render) => {
                     let id = job.record.borrow().id.clone();
-                    let made = engine.make_volume(&id, &resolved, render, &golden, &job.progress)?;
+                    let made = engine.make_volumes(&id, &resolved, render, &golden, &job.progress)?;
                     let record = end(&job);
                     made.record(&engine, record.clone())?;
                     Ok(record)
@@ -267,33 +268,38 @@ impl Engine {
         .await
     }
 
-    fn reserve(self: &Arc<Self>, resolved: &Resolved) -> Result<Option<Reservation>> {
-        let Some(render) = &resolved.render else { return Ok(None) };
-        let name = (render.spec.pool.to_string(), render.spec.volume.to_string());
-        let taken = |why: &str| {
-            Error::new(Kind::AlreadyExists, Stage::Resolve, format!("{}/{}", name.0, name.1), why)
+    /// Reserves the names of all volumes of a job, and finds what is there under them.
+    fn reserve(self: Arc<Self>, mut resolved: Resolved) -> Result<(Resolved, Option<Reservation>)> {
+        let Some(render) = &mut resolved.render else { return Ok((resolved, None)) };
+        let mut names = vec![(render.spec.pool.clone(), render.spec.volume.clone())];
+        names.extend(render.devices.iter().map(ResolvedDevice::key));
+        let mut reserved = self.reserved.lock().expect("no panic while holding the reservations");
+        if let Some((pool, name)) = names.iter().find(|name| reserved.contains(name)) {
+            let why = "another render is making a volume of this name";
+            return Err(Error::new(Kind::AlreadyExists, Stage::Resolve, format!("{pool}/{name}"), why)
                 .with_reason("VOLUME_EXISTS")
-                .with_violation("spec.volume.name", "is taken")
-        };
-        if self.store.catalog.volume(&name.0, &name.1)?.is_some() {
-            return Err(taken("there is a volume of this name").with_hint("delete it first, or choose another name"));
+                .with_violation("spec.volume.name", "is taken"));
         }
-        if !self.reserved.lock().expect("no panic while holding the reservations").insert(name.clone()) {
-            return Err(taken("another render is making a volume of this name"));
-        }
-        Ok(Some(Reservation { engine: Arc::clone(self), name }))
+        reserved.extend(names.iter().cloned());
+        drop(reserved);
+        let reservation = Reservation { engine: Arc::clone(&self), names };
+        self.find_existing(render)?;
+        Ok((resolved, Some(reservation)))
     }
 }
 
-/// The right to make a volume of one name; given back when dropped.
+/// The right to make volumes of some names; given back when dropped.
 struct Reservation {
     engine: Arc<Engine>,
-    name: (String, String),
+    names: Vec<VolumeKey>,
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.engine.reserved.lock().expect("no panic while holding the reservations").remove(&self.name);
+        let mut reserved = self.engine.reserved.lock().expect("no panic while holding the reservations");
+        for name in &self.names {
+            reserved.remove(name);
+        }
     }
 }
 

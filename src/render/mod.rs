@@ -6,17 +6,24 @@
 //! fetch     Resolved → Fetched {blob on disk, golden spec complete}        async, single flight per URL
 //! golden    Fetched → Golden {disk, facts}                                 blocking, one build per key
 //! inject    Golden + instance → edits and report                           pure
-//! volume    Golden + edits → patch → staged → published volume + mapping   blocking
+//! devices   what an instance has beside its root: contents, fstab lines
+//! volume    Golden + edits → patch → staged → published volumes + mapping  blocking
+//! admission space promised to renders that run; memory
+//! recover   what a daemon does first
 //! ```
 //!
 //! Async code never blocks: resolve and fetch are async, the rest runs on blocking threads under permits. A dropped call stops nothing; a cancelled job
 //! stops at the next check and leaves nothing.
 
+mod admission;
+pub mod devices;
 pub mod fetch;
 pub mod flight;
 pub mod golden;
 pub mod inject;
 pub mod jobs;
+pub mod prerender;
+mod recover;
 pub mod resolve;
 pub mod volume;
 
@@ -33,10 +40,13 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     host::info::HostInfo,
     names::{Digest, PoolName},
-    render::{flight::Flights, golden::LoadedGolden, jobs::Job},
+    render::{admission::Admission, flight::Flights, golden::LoadedGolden, jobs::Job},
     source::Fetcher,
-    store::Store,
-    target::Pool,
+    store::{Store, records::VolumeKey},
+    target::{
+        Pool,
+        pace::{self, Pacer},
+    },
 };
 
 /// How old the answer about tools and versions of the host may be.
@@ -62,7 +72,11 @@ pub struct Engine {
     render_permits: Arc<Semaphore>,
     jobs: Mutex<HashMap<String, Arc<Job>>>,
     /// Volumes that a job is making, so that two jobs never make the same one.
-    reserved: Mutex<HashSet<(String, String)>>,
+    reserved: Mutex<HashSet<VolumeKey>>,
+    /// What is promised to renders that run.
+    admission: Admission,
+    /// How fast bulk data is written.
+    pacer: Arc<Pacer>,
 }
 
 impl Engine {
@@ -83,6 +97,8 @@ impl Engine {
             render_permits: Arc::new(Semaphore::new(config.limits.concurrent_renders)),
             jobs: Mutex::new(HashMap::new()),
             reserved: Mutex::new(HashSet::new()),
+            admission: Admission::new(config.limits.memory_reserve.0),
+            pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
             config,
         }))
     }

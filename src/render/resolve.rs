@@ -8,11 +8,16 @@ use crate::{
     disk::Layout,
     error::{Error, Kind, Result, Stage},
     fs::FsKind,
-    manifest::{self, ImageId, Manifest},
-    names::Digest,
-    render::{Engine, blocking, golden, now_secs},
+    manifest::{ImageId, Manifest},
+    mapping::Role,
+    names::{Digest, PoolName, VolumeName},
+    render::{
+        Engine, blocking,
+        devices::{self, ResolvedDevice},
+        golden, now_secs,
+    },
     spec::{GoldenOptions, JobSpec, RenderSpec},
-    store::records::{GoldenSpec, ImageRecord},
+    store::records::{GoldenSpec, ImageRecord, VolumeRecord},
     target::{Place, Pool, VolumeFormat},
     tree::decompress::Compression,
     units::{Bytes, PATCH_BLOCK},
@@ -58,6 +63,12 @@ pub struct ResolvedRender {
     pub format: VolumeFormat,
     /// The manifest's args with defaults filled in.
     pub args: Map<String, Value>,
+    /// The further devices.
+    pub devices: Vec<ResolvedDevice>,
+    /// The root of the same instance whose place the new one takes; found under the reservation of its name.
+    pub replaces: Option<Box<VolumeRecord>>,
+    /// What is attached to that root.
+    pub attached: Vec<VolumeRecord>,
 }
 
 /// A golden spec that may still lack the digest of a tarball that was never fetched.
@@ -214,16 +225,76 @@ impl Engine {
             JobSpec::Render { spec, .. } => {
                 let spec = *spec;
                 let image = self.image(&spec.image_id)?;
-                refuse_further_devices(&image.manifest)?;
                 let golden = self.golden_spec(&image, &spec.golden)?;
                 let pool = self.pool(&spec.pool)?.clone();
-                let format = format_for(&pool, spec.format)?;
+                let format = format_for(&pool, spec.format, "spec.format")?;
+                spec.options.check(format).map_err(|error| error.under_field("spec"))?;
                 self.check_size(&spec, &golden)?;
                 let args = image.manifest.resolve_args(&spec.instance.args).map_err(|error| error.under_field("spec.instance"))?;
+                let devices = devices::resolve(self, &image.manifest, &spec)?;
                 let canonical = spec.canonical.clone();
-                Ok(Resolved { image, golden, render: Some(ResolvedRender { spec, pool, format, args }), canonical })
+                let render = ResolvedRender { spec, pool, format, args, devices, replaces: None, attached: Vec::new() };
+                Ok(Resolved { image, golden, render: Some(render), canonical })
             }
         }
+    }
+
+    /// Finds what is there already under the names of a render: the root that it may replace, and devices that it keeps or replaces. Anything else that has
+    /// one of the names is `Kind::AlreadyExists`. The names are to be reserved before.
+    pub(super) fn find_existing(&self, render: &mut ResolvedRender) -> Result<()> {
+        let catalog = &self.store.catalog;
+        let instance = &render.spec.instance.instance;
+        let (pool, name) = (&render.spec.pool, &render.spec.volume);
+        let taken = |pool: &PoolName, name: &VolumeName, field: &str, why: String| {
+            Error::new(Kind::AlreadyExists, Stage::Resolve, format!("{pool}/{name}"), why)
+                .with_reason("VOLUME_EXISTS")
+                .with_violation(field, "is taken")
+                .with_hint("delete it first, or choose another name")
+        };
+        if let Some(record) = catalog.volume(pool.as_str(), name.as_str())? {
+            if !render.spec.replace {
+                return Err(taken(pool, name, "spec.volume.name", "there is a volume of this name".into()));
+            }
+            if record.role != Role::Root || record.mapping.instance != *instance {
+                let why = format!(
+                    "it is the {} volume of instance {}, and only a root of {instance} is replaced",
+                    record.role.name(),
+                    record.mapping.instance
+                );
+                return Err(taken(pool, name, "spec.replace", why));
+            }
+            if record.volume.format != render.format {
+                let why = format!("the volume is {}, and takes the place of one of the same format only", record.volume.format.name());
+                return Err(Error::field(Stage::Resolve, "spec.format", why).with_reason("REPLACE_OTHER_FORMAT"));
+            }
+            render.attached = catalog.volumes_of_root(pool.as_str(), name.as_str())?;
+            render.replaces = Some(Box::new(record));
+        }
+        let root = render.replaces.as_ref().map(|record| record.key());
+        for device in &mut render.devices {
+            let Some(record) = catalog.volume(device.pool.name.as_str(), device.volume.as_str())? else {
+                if device.size_bytes.is_none() && device.format != VolumeFormat::Block {
+                    return Err(Error::field(Stage::Resolve, format!("{}.size_bytes", device.field), "is required for a new device"));
+                }
+                continue;
+            };
+            let ours = record.role == device.role && record.mapping.instance == *instance && (record.root.is_none() || record.root == root);
+            if !ours || (record.role != Role::Data && record.root.is_none()) {
+                let why = format!("there is a volume of this name: {} of instance {}", record.role.name(), record.mapping.instance);
+                return Err(taken(&device.pool.name, &device.volume, &format!("{}.volume.name", device.field), why));
+            }
+            if record.volume.format != device.format {
+                let why = format!("the volume is there and is {}", record.volume.format.name());
+                return Err(Error::field(Stage::Resolve, format!("{}.format", device.field), why).with_reason("REPLACE_OTHER_FORMAT"));
+            }
+            let has = record.volume.virtual_size_bytes;
+            if record.role == Role::Data && device.size_bytes.is_some_and(|size| size > has) {
+                let why = format!("the data volume is kept and has {}; a render does not grow it", Bytes(has));
+                return Err(Error::field(Stage::Resolve, format!("{}.size_bytes", device.field), why).with_reason("BAD_SIZE"));
+            }
+            device.existing = Some(Box::new(record));
+        }
+        Ok(())
     }
 
     fn check_size(&self, spec: &RenderSpec, golden: &PartialGoldenSpec) -> Result<()> {
@@ -239,20 +310,6 @@ impl Engine {
     }
 }
 
-/// A manifest may describe data, swap and scratch devices; a render makes the root only, and an instance without its data device is not what was asked for.
-fn refuse_further_devices(manifest: &Manifest) -> Result<()> {
-    match manifest.devices().iter().find(|device| device.role != manifest::Role::Root) {
-        Some(device) => Err(Error::new(
-            Kind::Unsupported,
-            Stage::Resolve,
-            "devices",
-            format!("the manifest wants a {} device, only the root is made", device.role.name()),
-        )
-        .with_reason("DEVICES_UNSUPPORTED")),
-        None => Ok(()),
-    }
-}
-
 fn compression_of(media_type: &str) -> Result<Compression> {
     Compression::from_media_type(media_type).ok_or_else(|| {
         Error::field(Stage::Manifest, "rootfs.media_type", format!("{media_type:?} is not the media type of a tar archive"))
@@ -260,7 +317,8 @@ fn compression_of(media_type: &str) -> Result<Compression> {
     })
 }
 
-fn format_for(pool: &Pool, wanted: Option<VolumeFormat>) -> Result<VolumeFormat> {
+/// The format of a volume in `pool`; `field` is where it stands in the request.
+pub(super) fn format_for(pool: &Pool, wanted: Option<VolumeFormat>, field: &str) -> Result<VolumeFormat> {
     let format = wanted.unwrap_or(match pool.place {
         Place::Directory { .. } => VolumeFormat::Raw,
         Place::Devices { .. } => VolumeFormat::Block,
@@ -268,7 +326,7 @@ fn format_for(pool: &Pool, wanted: Option<VolumeFormat>) -> Result<VolumeFormat>
     let fits = matches!(pool.place, Place::Devices { .. }) == (format == VolumeFormat::Block);
     if !fits {
         let kind = if format == VolumeFormat::Block { "a directory" } else { "devices" };
-        return Err(Error::field(Stage::Resolve, "spec.format", format!("{} can't be made in pool {}, which has {kind}", format.name(), pool.name))
+        return Err(Error::field(Stage::Resolve, field, format!("{} can't be made in pool {}, which has {kind}", format.name(), pool.name))
             .with_reason("FORMAT_NOT_IN_POOL"));
     }
     Ok(format)

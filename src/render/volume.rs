@@ -1,39 +1,48 @@
-//! Volume: golden + edits → block patch → staged → published, and the mapping that says what exists now.
+//! Volume: golden + edits → block patch → staged → published volumes, and the mapping that says what exists now.
+//!
+//! An instance has a root and may have further devices. All are staged before the first is published; the root is published last, and one transaction of the
+//! catalogue makes all of them known. When something fails in between, what was published is removed again.
 
-use std::{fs::File, sync::Arc};
+use std::{collections::BTreeSet, fs::File, sync::Arc};
 
 use serde_json::Value;
 
 use crate::{
     disk::DiskPlan,
     error::{Error, Kind, Result, Stage},
-    fs::{Region, edit::Edit, patch::BlockPatch},
-    guest::config::Secret,
-    mapping::{Backing, Device, Filesystem, MAPPING_VERSION, Mapping, Role},
+    ext4::read::Image,
+    fs::{FsKind, Profile, Region, edit::Edit, patch::BlockPatch},
+    guest::{config::Secret, identity::Identity},
+    mapping::{Backing, Device, Filesystem, GuestIdentity, MAPPING_VERSION, Mapping, Role},
     names::{Digest, PoolName, VolumeName},
     progress::Progress,
     render::{
         Engine, blocking,
+        devices::{self, ResolvedDevice, content},
         golden::{GoldenIds, LoadedGolden, disk_plan, filesystem},
-        inject::{Injected, inject},
-        jobs::failure_of,
+        inject::{self, Injected},
         now_ms, now_secs,
         resolve::{Resolved, ResolvedRender},
     },
     spec::{JobSpec, RenderSpec},
-    store::records::{RenderRecord, VolumeRecord},
-    target::{Place, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
+    store::records::{RenderRecord, VolumeKey, VolumeRecord},
+    target::{Place, Staged, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
     units::{PATCH_BLOCK, Timestamp},
 };
 
-/// What is written per instance beside the patch, at most: headers and tables of an overlay.
-const OVERLAY_ALLOCATION: u64 = 16 << 20;
+/// What is written per instance beside the patch, at most: headers and tables of an overlay, metadata of an empty filesystem.
+const OVERHEAD_ALLOCATION: u64 = 16 << 20;
 
-/// A published volume whose row is not written yet.
+/// Published volumes whose rows are not written yet.
 pub struct Made {
-    volume: Volume,
-    mapping: Mapping,
-    golden_key: Option<Digest>,
+    /// The root first.
+    volumes: Vec<VolumeRecord>,
+    /// Those that took the place of a row.
+    replaced: BTreeSet<VolumeKey>,
+    /// Those that this render published and nobody else knows.
+    published: Vec<Volume>,
+    /// What the replaced root had and the new one has not.
+    leftover: Vec<VolumeKey>,
 }
 
 /// What a render would do.
@@ -42,6 +51,8 @@ pub struct Plan {
     pub golden_key: Option<Digest>,
     /// Virtual size of the volume in bytes.
     pub size_bytes: u64,
+    /// The further devices.
+    pub devices: Vec<ResolvedDevice>,
     /// What needs the golden.
     pub ready: Option<ReadyPlan>,
 }
@@ -56,36 +67,47 @@ pub struct ReadyPlan {
     pub patch_blocks: u64,
 }
 
+/// What is computed before anything is written.
+struct Prepared {
+    identity: Identity,
+    injected: Injected,
+    plan: DiskPlan,
+    patch: BlockPatch,
+    now: Timestamp,
+}
+
 impl Engine {
     /// Plans a render; writes nothing.
     pub async fn plan(self: &Arc<Self>, spec: RenderSpec) -> Result<Plan> {
         let key = "plan".parse().map_err(|why: String| Error::internal(Stage::Request, "plan", why))?;
-        let resolved = self.resolve(JobSpec::Render { key, spec: Box::new(spec) }).await?;
+        let mut resolved = self.resolve(JobSpec::Render { key, spec: Box::new(spec) }).await?;
         let engine = Arc::clone(self);
         blocking(Stage::Edit, move || {
-            let size = |golden: u64, render: &ResolvedRender| render.spec.size_bytes.unwrap_or(golden);
+            if let Some(render) = &mut resolved.render {
+                engine.find_existing(render)?;
+            }
             let render = resolved.render.as_ref().ok_or_else(|| Error::internal(Stage::Resolve, "plan", "a render without a volume"))?;
             let spec = resolved.golden.complete();
             let golden = match &spec {
                 Some(spec) => engine.load_golden(spec.key())?,
                 None => None,
             };
-            let size_bytes = size(resolved.golden.size_bytes(), render);
+            let size_bytes = render.spec.size_bytes.unwrap_or(resolved.golden.size_bytes());
             let ready = match golden {
                 Some(golden) => {
-                    let injected = inject(&resolved, render, &golden, new_seed()?, now_timestamp())?;
-                    let (_, patch) = patch_of(&golden, &injected, size_bytes, &Progress::default())?;
+                    let prepared = prepare(&resolved, render, &golden, size_bytes, &Progress::default())?;
+                    let Prepared { injected, patch, .. } = prepared;
                     Some(ReadyPlan { injected: injected.report, patch_blocks: patch.len() as u64, edits: injected.request.edits })
                 }
                 None => None,
             };
-            Ok(Plan { golden_key: spec.map(|spec| spec.key()), size_bytes, ready })
+            Ok(Plan { golden_key: spec.map(|spec| spec.key()), size_bytes, devices: render.devices.clone(), ready })
         })
         .await
     }
 
-    /// Makes and publishes the volume of a render. Blocking.
-    pub fn make_volume(
+    /// Makes and publishes the volumes of a render. Blocking.
+    pub fn make_volumes(
         &self,
         render_id: &str,
         resolved: &Resolved,
@@ -93,100 +115,300 @@ impl Engine {
         golden: &LoadedGolden,
         progress: &Progress,
     ) -> Result<Made> {
-        let (spec, target) = (&render.spec, target_for(render.format));
         progress.enter(Stage::Inject, 0);
-        let injected = inject(resolved, render, golden, new_seed()?, now_timestamp())?;
-        progress.check()?;
-        progress.enter(Stage::Edit, 0);
         let size_bytes = volume_size(render, golden)?;
-        let allocate = match render.format {
-            VolumeFormat::Qcow2Overlay => OVERLAY_ALLOCATION,
-            _ => golden.record.allocated + OVERLAY_ALLOCATION,
-        };
-        target.check(&Wanted { overwrite: spec.overwrite, ..Wanted::new(&render.pool, &spec.volume, size_bytes, allocate) })?;
-        let (plan, patch) = patch_of(golden, &injected, size_bytes, progress)?;
+        let _promised = self.check_targets(render, golden, size_bytes)?;
+        let prepared = prepare(resolved, render, golden, size_bytes, progress)?;
         progress.check()?;
         progress.enter(Stage::Target, 0);
-        let staged = target.stage(
-            &VolumePlan { overwrite: spec.overwrite, ..VolumePlan::new(&render.pool, &spec.volume, &golden.disk, &patch, render_id) },
-            progress,
-        )?;
+        let mut staged: Vec<(Box<dyn Staged>, Option<Filesystem>)> = Vec::new();
+        let image = open_root(golden)?;
+        for device in render.devices.iter().filter(|device| device.kept().is_none()) {
+            staged.push(self.stage_device(render_id, device, image.as_ref(), golden.record.spec.profile, &prepared, progress)?);
+        }
+        let plan = VolumePlan {
+            overwrite: render.spec.overwrite,
+            options: &render.spec.options,
+            pacer: Some(&self.pacer),
+            replace: render.replaces.as_ref().map(|record| &record.volume),
+            ..VolumePlan::new(&render.pool, &render.spec.volume, &golden.disk, &prepared.patch, render_id)
+        };
+        let root = target_for(render.format).stage(&plan, progress)?;
         progress.check()?;
-        let volume = staged.publish()?;
-        let golden_key = (render.format == VolumeFormat::Qcow2Overlay).then_some(golden.record.key);
-        let mapping = mapping_of(render_id, resolved, render, golden, &injected, &plan, &volume);
-        Ok(Made { volume, mapping, golden_key })
+        let mut published = self.publish(render, staged)?;
+        let root = root.publish().map_err(|error| self.unpublish(published.iter().map(|(volume, _)| volume), error))?;
+        let mut volumes = vec![self.root_record(render_id, resolved, render, golden, &prepared, &root)];
+        let (mut fresh, mut devices) = (published.drain(..), Vec::new());
+        let mut published = if render.replaces.is_some() { Vec::new() } else { vec![root] };
+        for (index, device) in render.devices.iter().enumerate() {
+            let described = match device.kept().and_then(|kept| kept.mapping.devices.first()) {
+                Some(kept) => kept.clone(),
+                None => {
+                    let (volume, filesystem) =
+                        fresh.next().ok_or_else(|| Error::internal(Stage::Target, device.field.clone(), "was not published"))?;
+                    if device.replaced().is_none() {
+                        published.push(volume.clone());
+                    }
+                    plain_device(device, volume, filesystem)
+                }
+            };
+            devices.push(Device { boot_order: index as u32 + 1, ..described });
+        }
+        for (device, described) in render.devices.iter().zip(&devices) {
+            volumes.push(device_record(device, described, &volumes[0]));
+        }
+        volumes[0].mapping.devices.extend(devices);
+        let replaced = volumes.iter().filter(|record| is_row(render, record)).map(VolumeRecord::key).collect();
+        let now: BTreeSet<VolumeKey> = volumes.iter().map(VolumeRecord::key).collect();
+        let leftover =
+            render.attached.iter().filter(|record| record.role != Role::Data && !now.contains(&record.key())).map(VolumeRecord::key).collect();
+        Ok(Made { volumes, replaced, published, leftover })
     }
 
-    /// Removes a volume and its row; `false` when there was none.
-    pub fn delete_volume(&self, pool: &PoolName, name: &VolumeName) -> Result<bool> {
-        let pool = self.pool(pool)?;
-        let Some(record) = self.store.catalog.volume(pool.name.as_str(), name.as_str())? else { return Ok(false) };
-        target_for(record.volume.format).delete(pool, &record.volume)?;
-        self.store.catalog.delete_volume(pool.name.as_str(), name.as_str())?;
-        tracing::info!(pool = %pool.name, volume = %name, "volume deleted");
+    fn stage_device(
+        &self,
+        render_id: &str,
+        device: &ResolvedDevice,
+        image: Option<&Image>,
+        profile: Profile,
+        prepared: &Prepared,
+        progress: &Progress,
+    ) -> Result<(Box<dyn Staged>, Option<Filesystem>)> {
+        let source = content::Source {
+            store: &self.store,
+            render: render_id,
+            golden: image,
+            profile,
+            uuid: device_uuid(&prepared.identity, device),
+            now: prepared.now,
+        };
+        let content = content::prepare(device, content::size_of(device)?, &source, progress)?;
+        let plan = VolumePlan {
+            overwrite: device.overwrite,
+            options: &device.options,
+            pacer: Some(&self.pacer),
+            replace: device.replaced().map(|record| &record.volume),
+            ..VolumePlan::new(&device.pool, &device.volume, &content.disk, &content.patch, render_id)
+        };
+        let staged = target_for(device.format).stage(&plan, progress).map_err(|error| error.under_field(&device.field))?;
+        Ok((staged, content.filesystem.clone()))
+    }
+
+    /// Publishes the further devices; when one fails, those before it are removed.
+    fn publish(&self, render: &ResolvedRender, staged: Vec<(Box<dyn Staged>, Option<Filesystem>)>) -> Result<Vec<(Volume, Option<Filesystem>)>> {
+        let mut published: Vec<(Volume, Option<Filesystem>)> = Vec::new();
+        for (staged, filesystem) in staged {
+            match staged.publish() {
+                Ok(volume) => published.push((volume, filesystem)),
+                Err(error) => {
+                    let replaced: Vec<VolumeKey> = render.devices.iter().filter_map(|device| device.replaced()).map(VolumeRecord::key).collect();
+                    let ours = published.iter().map(|(volume, _)| volume);
+                    return Err(self.unpublish(ours.filter(|volume| !replaced.contains(&(volume.pool.clone(), volume.name.clone()))), error));
+                }
+            }
+        }
+        Ok(published)
+    }
+
+    /// Removes volumes that nobody knows of, because of `error`.
+    fn unpublish<'a>(&self, volumes: impl Iterator<Item = &'a Volume>, mut error: Error) -> Error {
+        for volume in volumes {
+            if let Err(failure) = self.pool(&volume.pool).and_then(|pool| target_for(volume.format).delete(pool, volume)) {
+                error = error.with_cleanup_failure(failure);
+            }
+        }
+        error
+    }
+
+    /// Asks every target whether it can do what it will be asked for, and promises it the space until the answer is dropped.
+    fn check_targets(&self, render: &ResolvedRender, golden: &LoadedGolden, size_bytes: u64) -> Result<Vec<crate::render::admission::Promise<'_>>> {
+        let spec = &render.spec;
+        let data = if render.format == VolumeFormat::Qcow2Overlay { 0 } else { golden.record.allocated };
+        let promise = self.admission.promise(&render.pool.name, data + OVERHEAD_ALLOCATION);
+        target_for(render.format).check(&Wanted {
+            overwrite: spec.overwrite,
+            options: &spec.options,
+            replace: render.replaces.as_ref().map(|record| &record.volume),
+            ..Wanted::new(&render.pool, &spec.volume, size_bytes, promise.total())
+        })?;
+        let mut promises = vec![promise];
+        for device in render.devices.iter().filter(|device| device.kept().is_none()) {
+            let promise = self.admission.promise(&device.pool.name, OVERHEAD_ALLOCATION);
+            let wanted = Wanted {
+                overwrite: device.overwrite,
+                options: &device.options,
+                replace: device.replaced().map(|record| &record.volume),
+                ..Wanted::new(&device.pool, &device.volume, content::size_of(device)?, promise.total())
+            };
+            target_for(device.format).check(&wanted).map_err(|error| error.under_field(&device.field))?;
+            promises.push(promise);
+        }
+        Ok(promises)
+    }
+
+    fn root_record(
+        &self,
+        render_id: &str,
+        resolved: &Resolved,
+        render: &ResolvedRender,
+        golden: &LoadedGolden,
+        prepared: &Prepared,
+        volume: &Volume,
+    ) -> VolumeRecord {
+        let (injected, spec) = (&prepared.injected, &golden.record.spec);
+        let root = prepared.plan.root();
+        let device = Device {
+            golden_digest: Some(golden.record.digest),
+            golden_key: Some(golden.record.key.hex()),
+            partition_table: prepared.plan.partition_table().map(str::to_owned),
+            disk_uuid: prepared.plan.disk_uuid(),
+            partitions: prepared.plan.describe(),
+            filesystem: Some(Filesystem {
+                kind: spec.filesystem,
+                uuid: injected.filesystem_uuid.to_string(),
+                label: spec.label.clone(),
+                offset_bytes: root.offset,
+                size_bytes: root.len,
+            }),
+            ..plain("root", Role::Root, volume.clone())
+        };
+        VolumeRecord {
+            mapping: Mapping {
+                version: MAPPING_VERSION,
+                instance: render.spec.instance.instance.clone(),
+                render_id: render_id.to_owned(),
+                image_id: resolved.image.record.id.clone(),
+                devices: vec![device],
+                identity: injected.identity.clone(),
+                injected: injected.report.clone(),
+                created_secs: now_secs(),
+            },
+            golden_key: (render.format == VolumeFormat::Qcow2Overlay).then_some(golden.record.key),
+            created: now_secs(),
+            role: Role::Root,
+            root: None,
+            seed: Some(prepared.identity.seed.clone()),
+            volume: volume.clone(),
+        }
+    }
+
+    /// Removes a volume and its row; `false` when there was none. A root takes its swap, scratch and seed volumes with it, and its data with `with_data`;
+    /// otherwise data stays, attached to nothing. What is attached to a root is not removed by itself.
+    pub fn delete_volume(&self, pool: &PoolName, name: &VolumeName, with_data: bool) -> Result<bool> {
+        let catalog = &self.store.catalog;
+        let Some(record) = catalog.volume(pool.as_str(), name.as_str())? else {
+            self.pool(pool)?;
+            return Ok(false);
+        };
+        if let Some((root_pool, root_name)) = &record.root {
+            let why = format!("it is attached to the root {root_pool}/{root_name}");
+            return Err(Error::new(Kind::Conflict, Stage::Target, format!("{pool}/{name}"), why)
+                .with_reason("VOLUME_ATTACHED")
+                .with_hint("delete the root; delete_data takes its data volumes along"));
+        }
+        for attached in catalog.volumes_of_root(pool.as_str(), name.as_str())? {
+            if with_data || attached.role != Role::Data {
+                self.remove(&attached)?;
+            }
+        }
+        self.remove(&record)?;
         Ok(true)
     }
 
-    /// What a daemon does first: renders that a stopped daemon left are failed, temporary files of pools are removed, loop devices are attached again.
-    pub fn recover(&self) -> Result<()> {
-        let interrupted = Error::new(Kind::Unavailable, Stage::Target, "render", "the daemon was stopped while this render waited or ran")
-            .with_reason("DAEMON_RESTARTED")
-            .with_hint("start it again with the same idempotency key");
-        let failed = self.store.catalog.fail_interrupted(failure_of(&interrupted), now_ms())?;
-        if failed > 0 {
-            tracing::warn!(renders = failed, "renders of the stopped daemon are marked as failed");
-        }
-        for pool in self.pools.values() {
-            if let Place::Directory { path } = &pool.place {
-                std::fs::create_dir_all(path)
-                    .map_err(|error| Error::io(Stage::Host, path.display().to_string(), "make the pool's directory", error))?;
-                for removed in target_for(VolumeFormat::Raw).sweep(pool, false)? {
-                    tracing::warn!(path = %removed.display(), "an unfinished volume was removed");
-                }
-            }
-        }
-        for record in self.store.catalog.volumes_of_format(VolumeFormat::Loop)? {
-            self.adopt(record);
-        }
+    fn remove(&self, record: &VolumeRecord) -> Result<()> {
+        let (pool, name) = record.key();
+        target_for(record.volume.format).delete(self.pool(&pool)?, &record.volume)?;
+        self.store.catalog.delete_volume(pool.as_str(), name.as_str())?;
+        tracing::info!(%pool, volume = %name, role = record.role.name(), "volume deleted");
         Ok(())
-    }
-
-    /// A volume that can't be adopted is reported and left alone: the others, and the daemon, go on.
-    fn adopt(&self, mut record: VolumeRecord) {
-        let adopted = self.pool(&record.volume.pool).and_then(|pool| target_for(record.volume.format).adopt(pool, &record.volume));
-        match adopted {
-            Ok(volume) if volume == record.volume => {}
-            Ok(volume) => {
-                tracing::info!(pool = %volume.pool, volume = %volume.name, device = %volume.device.display(), "volume attached again");
-                for device in &mut record.mapping.devices {
-                    if device.volume.pool == volume.pool && device.volume.name == volume.name {
-                        device.volume = volume.clone();
-                    }
-                }
-                record.volume = volume;
-                if let Err(error) = self.store.catalog.update_volume(record) {
-                    tracing::error!(error = %error.chain(), "the volume's new device could not be recorded");
-                }
-            }
-            Err(error) => {
-                tracing::error!(pool = %record.volume.pool, volume = %record.volume.name, error = %error.chain(), "a volume could not be attached again");
-            }
-        }
     }
 }
 
 impl Made {
-    /// Records volume and end of the render in one transaction. When that fails the volume is removed again: nobody would know of it.
+    /// Records volumes and end of the render in one transaction. When that fails the volumes are removed again: nobody would know of them.
     pub fn record(self, engine: &Engine, render: RenderRecord) -> Result<()> {
-        let record = VolumeRecord { volume: self.volume.clone(), mapping: self.mapping, golden_key: self.golden_key, created: now_secs() };
-        engine.store.catalog.finish_render(record, render).map_err(|error| {
-            let undone = engine.pool(&self.volume.pool).and_then(|pool| target_for(self.volume.format).delete(pool, &self.volume));
-            match undone {
-                Ok(()) => error,
-                Err(failure) => error.with_cleanup_failure(failure),
+        let Made { volumes, replaced, published, leftover } = self;
+        engine.store.catalog.finish_render(volumes, replaced, render).map_err(|error| engine.unpublish(published.iter(), error))?;
+        for (pool, name) in leftover {
+            // The instance is complete; what it no longer has can also be deleted by hand.
+            if let Err(error) = engine.delete_volume(&pool, &name, false) {
+                tracing::error!(%pool, volume = %name, error = %error.chain(), "a device that the instance no longer has could not be removed");
             }
-        })
+        }
+        Ok(())
+    }
+}
+
+/// Computes everything about a render that can be computed without writing.
+fn prepare(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, size_bytes: u64, progress: &Progress) -> Result<Prepared> {
+    let now = now_timestamp();
+    // The same instance rendered again is the same instance.
+    let seed = match render.replaces.as_ref().and_then(|record| record.seed.clone()) {
+        Some(seed) => seed,
+        None => new_seed()?,
+    };
+    let identity = inject::identity(&render.spec.instance.instance, seed)?;
+    let image = open_root(golden)?;
+    let mounts = devices::mounts::mounts(&render.devices, image.as_ref(), |device| device_uuid(&identity, device))?;
+    let injected = inject::inject(resolved, render, golden, &identity, mounts, now)?;
+    progress.check()?;
+    progress.enter(Stage::Edit, 0);
+    let (plan, patch) = patch_of(golden, &injected, size_bytes, progress)?;
+    Ok(Prepared { identity, injected, plan, patch, now })
+}
+
+/// Whether the catalogue has a row for this volume already.
+fn is_row(render: &ResolvedRender, record: &VolumeRecord) -> bool {
+    match record.role {
+        Role::Root => render.replaces.is_some(),
+        _ => render.devices.iter().any(|device| device.existing.is_some() && device.key() == record.key()),
+    }
+}
+
+/// The UUID of a device's filesystem or swap space: the same whenever the instance is rendered.
+fn device_uuid(identity: &Identity, device: &ResolvedDevice) -> uuid::Uuid {
+    identity.uuid_of(&format!("device:{}", device.name))
+}
+
+fn plain(name: &str, role: Role, volume: Volume) -> Device {
+    Device {
+        name: name.to_owned(),
+        role,
+        boot_order: 0,
+        read_only: false,
+        backing_chain: volume.backing.iter().map(|path| Backing { path: path.clone(), format: "raw".to_owned() }).collect(),
+        golden_digest: None,
+        golden_key: None,
+        partition_table: None,
+        disk_uuid: None,
+        partitions: Vec::new(),
+        filesystem: None,
+        mount: None,
+        volume,
+    }
+}
+
+fn plain_device(device: &ResolvedDevice, volume: Volume, filesystem: Option<Filesystem>) -> Device {
+    let mount = device.mount.as_ref().map(ToString::to_string);
+    Device { filesystem, mount, read_only: device.role == Role::Seed, ..plain(device.name.as_str(), device.role, volume) }
+}
+
+/// The row of a further device; `root` is that of its instance.
+fn device_record(device: &ResolvedDevice, described: &Device, root: &VolumeRecord) -> VolumeRecord {
+    let kept = device.kept();
+    VolumeRecord {
+        volume: described.volume.clone(),
+        mapping: Mapping {
+            devices: vec![Device { boot_order: 0, ..described.clone() }],
+            identity: GuestIdentity { ssh_fingerprints: Vec::new(), known_hosts: Vec::new(), ..root.mapping.identity.clone() },
+            injected: Value::Null,
+            ..root.mapping.clone()
+        },
+        golden_key: None,
+        created: kept.map_or(root.created, |kept| kept.created),
+        role: device.role,
+        root: Some(root.key()),
+        seed: None,
     }
 }
 
@@ -202,62 +424,34 @@ fn volume_size(render: &ResolvedRender, golden: &LoadedGolden) -> Result<u64> {
     }
 }
 
-/// The blocks of the whole disk that the edits, the new identities and the new size change.
-fn patch_of(golden: &LoadedGolden, injected: &Injected, size_bytes: u64, progress: &Progress) -> Result<(DiskPlan, BlockPatch)> {
-    let spec = &golden.record.spec;
+/// The golden's disk and where its root filesystem is on it.
+fn regions(golden: &LoadedGolden) -> Result<(Region, Region)> {
     let path = &golden.disk.path;
     let file = File::open(path).map_err(|error| Error::io(Stage::Edit, path.display().to_string(), "open the golden image", error))?;
     let disk = Region { file: Arc::new(file), offset: 0, len: golden.disk.size_bytes };
-    let before = disk_plan(spec, golden.disk.size_bytes, GoldenIds::of(&golden.record.key).disk)?.root();
+    let root = disk_plan(&golden.record.spec, golden.disk.size_bytes, GoldenIds::of(&golden.record.key).disk)?.root();
+    let root = Region { file: Arc::clone(&disk.file), offset: root.offset, len: root.len };
+    Ok((disk, root))
+}
+
+/// The root filesystem of a golden for looking things up, when that needs no kernel.
+fn open_root(golden: &LoadedGolden) -> Result<Option<Image>> {
+    match golden.record.spec.filesystem {
+        FsKind::Ext4 => Image::open(&regions(golden)?.1).map(Some),
+        FsKind::Xfs | FsKind::Btrfs => Ok(None),
+    }
+}
+
+/// The blocks of the whole disk that the edits, the new identities and the new size change.
+fn patch_of(golden: &LoadedGolden, injected: &Injected, size_bytes: u64, progress: &Progress) -> Result<(DiskPlan, BlockPatch)> {
+    let spec = &golden.record.spec;
+    let (disk, root) = regions(golden)?;
     let plan = disk_plan(spec, size_bytes, injected.disk_identity)?;
-    let root = Region { file: Arc::clone(&disk.file), offset: before.offset, len: before.len };
     let mut request = injected.request.clone();
-    request.size_bytes = (plan.root().len > before.len).then_some(plan.root().len);
+    request.size_bytes = (plan.root().len > root.len).then_some(plan.root().len);
     let patch = filesystem(spec.filesystem).edit(root, &request, progress)?;
     let patch = plan.patch(&disk, patch)?;
     Ok((plan, patch))
-}
-
-fn mapping_of(
-    render_id: &str,
-    resolved: &Resolved,
-    render: &ResolvedRender,
-    golden: &LoadedGolden,
-    injected: &Injected,
-    plan: &DiskPlan,
-    volume: &Volume,
-) -> Mapping {
-    let root = plan.root();
-    let spec = &golden.record.spec;
-    let backing_chain = volume.backing.iter().map(|path| Backing { path: path.clone(), format: "raw".to_owned() }).collect();
-    Mapping {
-        version: MAPPING_VERSION,
-        instance: render.spec.instance.instance.clone(),
-        render_id: render_id.to_owned(),
-        image_id: resolved.image.record.id.clone(),
-        devices: vec![Device {
-            role: Role::Root,
-            boot_order: 0,
-            volume: volume.clone(),
-            read_only: false,
-            backing_chain,
-            golden_digest: Some(golden.record.digest),
-            golden_key: Some(golden.record.key.hex()),
-            partition_table: plan.partition_table().map(str::to_owned),
-            disk_uuid: plan.disk_uuid(),
-            partitions: plan.describe(),
-            filesystem: Some(Filesystem {
-                kind: spec.filesystem,
-                uuid: injected.filesystem_uuid.to_string(),
-                label: spec.label.clone(),
-                offset_bytes: root.offset,
-                size_bytes: root.len,
-            }),
-        }],
-        identity: injected.identity.clone(),
-        injected: injected.report.clone(),
-        created_secs: now_secs(),
-    }
 }
 
 fn now_timestamp() -> Timestamp {

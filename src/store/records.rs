@@ -6,8 +6,9 @@ use serde_json::Value;
 use crate::{
     disk::Layout,
     fs::{BuiltFs, FsKind, Profile},
-    mapping::Mapping,
-    names::Digest,
+    guest::config::Secret,
+    mapping::{Mapping, Role},
+    names::{Digest, PoolName, VolumeName},
     target::Volume,
 };
 
@@ -171,15 +172,31 @@ pub struct RenderRecord {
     pub finished_ms: Option<i64>,
 }
 
+/// Pool and name of a volume.
+pub type VolumeKey = (PoolName, VolumeName);
+
 /// A volume with its mapping.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VolumeRecord {
     /// The volume.
     pub volume: Volume,
-    /// The mapping it is the root of.
+    /// For a root the mapping of its whole instance; for any other volume that of itself alone.
     pub mapping: Mapping,
     /// Golden it is backed by (a lease), for overlays.
     pub golden_key: Option<Digest>,
     /// Seconds since 1970.
     pub created: i64,
+    /// What it is for.
+    pub role: Role,
+    /// The root of the instance it is attached to; none for roots, and for data whose root is gone.
+    pub root: Option<VolumeKey>,
+    /// What the SSH host keys of a root were made from: the same instance rendered again keeps them.
+    pub seed: Option<Secret>,
+}
+
+impl VolumeRecord {
+    /// Pool and name.
+    pub fn key(&self) -> VolumeKey {
+        (self.volume.pool.clone(), self.volume.name.clone())
+    }
 }

@@ -57,17 +57,6 @@ async fn requests_that_can_never_work_are_refused_at_once() {
     daemon.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn devices_that_are_not_made_are_refused_not_forgotten() {
-    let mut daemon = Daemon::start().await;
-    let digest = daemon.upload(&tarball()).await;
-    let image = daemon.image_of(&digest, r#"{"devices": [{"role": "swap", "size": "64 MiB"}]}"#).await;
-    let status = daemon.start_render("key", spec(&image, "web1", VolumeFormat::Raw)).await.expect_err("swap is not made");
-    assert_eq!(status.code(), Code::FailedPrecondition);
-    assert_eq!(status.get_error_details().error_info().expect("always there").reason, "DEVICES_UNSUPPORTED");
-    daemon.stop().await;
-}
-
 fn set_arg(spec: &mut proto::RenderSpec, name: &str, value: &str) {
     let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(value.into())) };
     spec.instance.as_mut().expect("set").args = Some(prost_types::Struct { fields: [(name.to_owned(), value)].into() });

@@ -41,7 +41,11 @@ async fn an_image_with_volumes_is_not_deleted() {
     let golden = daemon.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens.remove(0);
     let status = daemon.renders.delete_golden(proto::DeleteGoldenRequest { golden_key: golden.key.clone() }).await.expect_err("backs a volume");
     assert_eq!(status.code(), tonic::Code::FailedPrecondition);
-    daemon.volumes.delete_volume(proto::DeleteVolumeRequest { volume: Some(crate::support::volume("web1")) }).await.expect("deleted");
+    daemon
+        .volumes
+        .delete_volume(proto::DeleteVolumeRequest { volume: Some(crate::support::volume("web1")), ..Default::default() })
+        .await
+        .expect("deleted");
     daemon.images.delete_image(proto::DeleteImageRequest { image_id: image }).await.expect("deleted");
     assert!(!std::path::Path::new(&golden.path).exists(), "the golden goes with its image");
     daemon.stop().await;

@@ -4,6 +4,10 @@
 //! flush: hundreds of renders a second cost a few dozen flushes. A caller gets its answer after the flush. Reads use a second connection (WAL: they never wait
 //! for the writer).
 
+mod rows;
+mod schema;
+mod volumes;
+
 use std::{
     os::unix::fs::OpenOptionsExt,
     path::Path,
@@ -11,43 +15,18 @@ use std::{
     thread,
 };
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, params};
+
+use self::rows::{all, golden_of, image_of, json, render_of};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
     names::Digest,
-    store::records::{FailureRecord, GoldenRecord, ImageRecord, RenderRecord, RenderState, VolumeRecord},
+    store::records::{FailureRecord, GoldenRecord, ImageRecord, RenderRecord, RenderState},
 };
 
-/// Version of the tables, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 1;
 /// Writes that share one transaction at most, so that the first of them does not wait long.
 const BATCH_LEN_MAX: usize = 256;
-
-const SCHEMA: &str = "
-CREATE TABLE images (
-  id TEXT PRIMARY KEY, manifest TEXT NOT NULL, rootfs_url TEXT, rootfs_digest TEXT, rootfs_size INTEGER, media_type TEXT, created INTEGER NOT NULL
-) STRICT;
-CREATE TABLE blobs (digest TEXT PRIMARY KEY, size INTEGER NOT NULL, created INTEGER NOT NULL, last_used INTEGER NOT NULL) STRICT;
-CREATE TABLE goldens (
-  key TEXT PRIMARY KEY, spec TEXT NOT NULL, image_id TEXT NOT NULL, digest TEXT NOT NULL, allocated INTEGER NOT NULL, built TEXT NOT NULL,
-  created INTEGER NOT NULL, last_used INTEGER NOT NULL
-) STRICT;
-CREATE TABLE renders (
-  id TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, image_id TEXT NOT NULL, instance TEXT, pool TEXT, volume TEXT,
-  state TEXT NOT NULL, stage TEXT NOT NULL, failure TEXT, golden_key TEXT, created_ms INTEGER NOT NULL, started_ms INTEGER, finished_ms INTEGER
-) STRICT;
-CREATE INDEX renders_by_time ON renders (created_ms, id);
-CREATE INDEX renders_by_state ON renders (state);
-CREATE TABLE volumes (
-  pool TEXT NOT NULL, name TEXT NOT NULL, volume TEXT NOT NULL, mapping TEXT NOT NULL, image_id TEXT NOT NULL, render_id TEXT NOT NULL,
-  golden_key TEXT, created INTEGER NOT NULL, PRIMARY KEY (pool, name)
-) STRICT;
-CREATE INDEX volumes_by_time ON volumes (created);
-CREATE INDEX volumes_by_golden ON volumes (golden_key);
-CREATE INDEX volumes_by_render ON volumes (render_id);
-CREATE INDEX volumes_by_image ON volumes (image_id);
-";
 
 /// Answer of [`Catalog::admit_render`].
 #[derive(Debug, Clone, PartialEq)]
@@ -97,20 +76,7 @@ impl Catalog {
     /// Opens or makes the catalogue at `path`. `Kind::Unsupported` when a newer cloudletd made it.
     pub fn open(path: &Path) -> Result<Catalog> {
         let writer = connect(path)?;
-        let version: i64 = writer.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed("read schema version"))?;
-        match version {
-            0 => writer.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")).map_err(failed("make tables"))?,
-            SCHEMA_VERSION => {}
-            other => {
-                return Err(Error::new(
-                    Kind::Unsupported,
-                    Stage::Store,
-                    path.display().to_string(),
-                    format!("the catalogue has schema version {other}, this cloudletd knows {SCHEMA_VERSION}"),
-                )
-                .with_hint("use the cloudletd that wrote it, or a newer one"));
-            }
-        }
+        schema::prepare(&writer, &path.display().to_string())?;
         let reader = connect(path)?;
         let (sender, receiver) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -365,103 +331,6 @@ impl Catalog {
             )
         })
     }
-
-    /// Adds a volume and its render's final row in one transaction: both or neither survive. `Kind::AlreadyExists` when the catalogue has that volume.
-    pub fn finish_render(&self, volume: VolumeRecord, render: RenderRecord) -> Result<()> {
-        self.write(move |connection| {
-            let taken = |error: rusqlite::Error| match error.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::ConstraintViolation) => Error::new(
-                    Kind::AlreadyExists,
-                    Stage::Store,
-                    format!("{}/{}", volume.volume.pool, volume.volume.name),
-                    "the catalogue has this volume already",
-                )
-                .with_reason("VOLUME_EXISTS"),
-                _ => failed("add volume")(error),
-            };
-            connection
-                .prepare_cached("INSERT INTO volumes VALUES (?1,?2,?3,?4,?5,?6,?7,?8)")
-                .map_err(failed("prepare adding a volume"))?
-                .execute(params![
-                    volume.volume.pool.as_str(),
-                    volume.volume.name.as_str(),
-                    json(&volume.volume)?,
-                    json(&volume.mapping)?,
-                    volume.mapping.image_id,
-                    volume.mapping.render_id,
-                    volume.golden_key.map(|key| key.hex()),
-                    volume.created
-                ])
-                .map_err(taken)?;
-            if let Some(key) = render.golden_key {
-                connection
-                    .prepare_cached("UPDATE goldens SET last_used=?2 WHERE key=?1")
-                    .and_then(|mut statement| statement.execute(params![key.hex(), volume.created]))
-                    .map_err(failed("note the use of a golden"))?;
-            }
-            save_render(connection, &render)
-        })
-    }
-
-    /// Replaces the stored form of a volume, after it was re-adopted.
-    pub fn update_volume(&self, record: VolumeRecord) -> Result<()> {
-        self.write(move |connection| {
-            connection
-                .execute(
-                    "UPDATE volumes SET volume=?3, mapping=?4 WHERE pool=?1 AND name=?2",
-                    params![record.volume.pool.as_str(), record.volume.name.as_str(), json(&record.volume)?, json(&record.mapping)?],
-                )
-                .map_err(failed("update volume"))?;
-            Ok(())
-        })
-    }
-
-    /// One volume.
-    pub fn volume(&self, pool: &str, name: &str) -> Result<Option<VolumeRecord>> {
-        self.read(|connection| {
-            connection
-                .prepare_cached("SELECT * FROM volumes WHERE pool=?1 AND name=?2")
-                .and_then(|mut statement| statement.query_row([pool, name], volume_of).optional())
-                .map_err(failed("read volume"))
-        })
-    }
-
-    /// The volume that a render made.
-    pub fn volume_of_render(&self, render_id: &str) -> Result<Option<VolumeRecord>> {
-        self.read(|connection| {
-            connection
-                .prepare_cached("SELECT * FROM volumes WHERE render_id=?1")
-                .and_then(|mut statement| statement.query_row([render_id], volume_of).optional())
-                .map_err(failed("read volume of render"))
-        })
-    }
-
-    /// Volumes, newest first, of one pool or all.
-    pub fn volumes(&self, pool: Option<&str>, limit: u32, offset: u64) -> Result<Vec<VolumeRecord>> {
-        self.read(|connection| {
-            all(
-                connection,
-                "SELECT * FROM volumes WHERE ?1 IS NULL OR pool=?1 ORDER BY created DESC, pool, name LIMIT ?2 OFFSET ?3",
-                params![pool, limit, offset as i64],
-                volume_of,
-            )
-        })
-    }
-
-    /// Volumes of one format, for re-adoption at start.
-    pub fn volumes_of_format(&self, format: crate::target::VolumeFormat) -> Result<Vec<VolumeRecord>> {
-        self.read(|connection| {
-            all(connection, "SELECT * FROM volumes WHERE json_extract(volume, '$.format')=?1 ORDER BY created", params![format.name()], volume_of)
-        })
-    }
-
-    /// Forgets a volume.
-    pub fn delete_volume(&self, pool: &str, name: &str) -> Result<bool> {
-        let (pool, name) = (pool.to_owned(), name.to_owned());
-        self.write(move |connection| {
-            connection.execute("DELETE FROM volumes WHERE pool=?1 AND name=?2", [pool, name]).map(|rows| rows > 0).map_err(failed("delete volume"))
-        })
-    }
 }
 
 impl Drop for Catalog {
@@ -543,85 +412,4 @@ fn save_render(connection: &Connection, render: &RenderRecord) -> Result<()> {
         ])
         .map(|_| ())
         .map_err(failed("save render"))
-}
-
-fn all<T>(connection: &Connection, sql: &str, params: impl rusqlite::Params, row: fn(&Row<'_>) -> rusqlite::Result<T>) -> Result<Vec<T>> {
-    let mut statement = connection.prepare_cached(sql).map_err(failed("prepare a list"))?;
-    let rows = statement.query_map(params, row).map_err(failed("list"))?;
-    rows.collect::<rusqlite::Result<Vec<T>>>().map_err(failed("read a list"))
-}
-
-fn json<T: serde::Serialize>(value: &T) -> Result<String> {
-    serde_json::to_string(value).map_err(|error| Error::internal(Stage::Store, "catalogue", "encode a row").with_source(error))
-}
-
-/// Reads column `index` as whatever its text parses to.
-fn parsed<T, E>(row: &Row<'_>, index: usize, parse: impl Fn(&str) -> Result<T, E>) -> rusqlite::Result<Option<T>>
-where
-    E: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let text: Option<String> = row.get(index)?;
-    text.map(|text| parse(&text).map_err(|error| rusqlite::Error::FromSqlConversionFailure(index, rusqlite::types::Type::Text, error.into())))
-        .transpose()
-}
-
-fn required<T>(index: usize, value: Option<T>) -> rusqlite::Result<T> {
-    value.ok_or(rusqlite::Error::InvalidColumnType(index, "not null".into(), rusqlite::types::Type::Null))
-}
-
-/// Reads column `index`, which is never null, as JSON.
-fn json_column<T: serde::de::DeserializeOwned>(row: &Row<'_>, index: usize) -> rusqlite::Result<T> {
-    required(index, parsed(row, index, |text| serde_json::from_str(text))?)
-}
-
-fn hex_digest(text: &str) -> Result<Digest, String> {
-    format!("sha256:{text}").parse()
-}
-
-fn image_of(row: &Row<'_>) -> rusqlite::Result<ImageRecord> {
-    Ok(ImageRecord {
-        id: row.get(0)?,
-        manifest: row.get(1)?,
-        rootfs_url: row.get(2)?,
-        rootfs_digest: parsed(row, 3, str::parse::<Digest>)?,
-        rootfs_size: row.get::<_, Option<i64>>(4)?.map(|size| size as u64),
-        media_type: row.get(5)?,
-        created: row.get(6)?,
-    })
-}
-
-fn golden_of(row: &Row<'_>) -> rusqlite::Result<GoldenRecord> {
-    Ok(GoldenRecord {
-        key: required(0, parsed(row, 0, hex_digest)?)?,
-        spec: json_column(row, 1)?,
-        image_id: row.get(2)?,
-        digest: required(3, parsed(row, 3, str::parse::<Digest>)?)?,
-        allocated: row.get::<_, i64>(4)? as u64,
-        built: json_column(row, 5)?,
-        created: row.get(6)?,
-        last_used: row.get(7)?,
-    })
-}
-
-fn render_of(row: &Row<'_>) -> rusqlite::Result<RenderRecord> {
-    let (pool, volume): (Option<String>, Option<String>) = (row.get(5)?, row.get(6)?);
-    Ok(RenderRecord {
-        id: row.get(0)?,
-        key: row.get(1)?,
-        spec: json_column(row, 2)?,
-        image_id: row.get(3)?,
-        instance: row.get(4)?,
-        volume: pool.zip(volume),
-        state: required(7, parsed(row, 7, |text| serde_json::from_value(serde_json::Value::String(text.to_owned())))?)?,
-        stage: row.get(8)?,
-        failure: parsed(row, 9, |text| serde_json::from_str(text))?,
-        golden_key: parsed(row, 10, hex_digest)?,
-        created_ms: row.get(11)?,
-        started_ms: row.get(12)?,
-        finished_ms: row.get(13)?,
-    })
-}
-
-fn volume_of(row: &Row<'_>) -> rusqlite::Result<VolumeRecord> {
-    Ok(VolumeRecord { volume: json_column(row, 2)?, mapping: json_column(row, 3)?, golden_key: parsed(row, 6, hex_digest)?, created: row.get(7)? })
 }

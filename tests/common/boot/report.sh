@@ -15,6 +15,7 @@ for word in $(cat /proc/cmdline); do
         boot.tool=*) tool=${word#boot.tool=} ;;
         boot.files=*) files=$(echo "${word#boot.files=}" | tr ',' ' ') ;;
         boot.settle=*) settle=${word#boot.settle=} ;;
+        boot.mounts=*) mounts=${word#boot.mounts=} ;;
     esac
 done
 settle=${settle:-60}
@@ -136,6 +137,10 @@ start_by_hand() {
         echo 0 >"$knob"
     done
     ip link set dev lo up
+    if [ -n "$mounts" ]; then
+        mount --all >/dev/console 2>&1 || log "mount failed: $?"
+        swapon --all >/dev/console 2>&1 || log "swapon failed: $?"
+    fi
     case "$tool" in
         ifupdown)
             start_udev
