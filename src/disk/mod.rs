@@ -12,6 +12,7 @@
 //! one: the same inputs give the same bytes. The first 440 bytes of the disk (boot code) and the contents of the BIOS boot and ESP partitions
 //! belong to the boot loaders and are kept as they are.
 
+pub mod fat;
 mod gpt;
 mod image;
 #[cfg(test)]
