@@ -8,6 +8,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
+    boot::platform::{Bus, Console, Firmware, Hypervisor, Mode, Platform},
     disk::Layout,
     error::{Error, Kind, Result, Stage},
     fs::{FsKind, Profile},
@@ -40,6 +41,113 @@ pub struct Config {
     pub golden: Golden,
     /// Limits on what runs and waits.
     pub limits: Limits,
+    /// What instances run on. Default: none.
+    #[serde(rename = "platform")]
+    pub platforms: Vec<PlatformConfig>,
+    /// Firmware for machines with UEFI, as QEMU takes it.
+    pub uefi: Uefi,
+}
+
+/// A platform (instance type) as it is configured.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlatformConfig {
+    /// Name that requests use: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+    pub name: PoolName,
+    /// The hypervisor.
+    pub hypervisor: Hypervisor,
+    /// How the machine is virtualised. Default: hvm on Xen, kvm on KVM, metal without a hypervisor.
+    pub mode: Option<Mode>,
+    /// What starts first. Default: loader for pv, direct for pvh, else bios.
+    pub firmware: Option<Firmware>,
+    /// How disks are attached. Default: xen on Xen, virtio on KVM, scsi without a hypervisor.
+    pub bus: Option<Bus>,
+    /// Architecture. Default: the host's.
+    pub arch: Option<String>,
+    /// Consoles; the last one is the guest's main one. Default: what suits the mode.
+    #[serde(default)]
+    pub consoles: Vec<Console>,
+    /// Whether only signed programs are started.
+    #[serde(default)]
+    pub secure_boot: bool,
+    /// Virtual CPUs.
+    #[serde(default = "one")]
+    pub cpus: u32,
+    /// Memory.
+    pub memory: Bytes,
+    /// Whether an instance may run virtual machines of its own.
+    #[serde(default)]
+    pub nested_virtualization: bool,
+    /// Bridge of the host that NICs are attached to.
+    #[serde(default = "default_bridge")]
+    pub bridge: String,
+    /// Region, for those who have several.
+    #[serde(default)]
+    pub region: String,
+    /// URL of the cloud's endpoint.
+    #[serde(default)]
+    pub endpoint: String,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn default_bridge() -> String {
+    "br0".to_owned()
+}
+
+impl PlatformConfig {
+    /// With the defaults filled in.
+    pub fn platform(&self) -> Platform {
+        let mode = self.mode.unwrap_or(match self.hypervisor {
+            Hypervisor::Xen => Mode::Hvm,
+            Hypervisor::Kvm => Mode::Kvm,
+            Hypervisor::None => Mode::Metal,
+        });
+        Platform {
+            hypervisor: self.hypervisor,
+            mode,
+            firmware: self.firmware.unwrap_or(match mode {
+                Mode::Pv => Firmware::Loader,
+                Mode::Pvh => Firmware::Direct,
+                Mode::Hvm | Mode::Kvm | Mode::Metal => Firmware::Bios,
+            }),
+            bus: self.bus.unwrap_or(match self.hypervisor {
+                Hypervisor::Xen => Bus::Xen,
+                Hypervisor::Kvm => Bus::Virtio,
+                Hypervisor::None => Bus::Scsi,
+            }),
+            arch: self.arch.clone().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            consoles: self.consoles.clone(),
+            secure_boot: self.secure_boot,
+        }
+    }
+}
+
+/// Firmware for machines with UEFI.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Uefi {
+    /// The program. Default: where Debian's ovmf has it.
+    pub code: PathBuf,
+    /// The program for Secure Boot.
+    pub secure_code: PathBuf,
+    /// Empty variables.
+    pub variables: PathBuf,
+    /// Variables with the keys of Secure Boot.
+    pub secure_variables: PathBuf,
+}
+
+impl Default for Uefi {
+    fn default() -> Self {
+        Uefi {
+            code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(),
+            secure_code: "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd".into(),
+            variables: "/usr/share/OVMF/OVMF_VARS_4M.fd".into(),
+            secure_variables: "/usr/share/OVMF/OVMF_VARS_4M.ms.fd".into(),
+        }
+    }
 }
 
 /// Sockets and who may call.
@@ -199,6 +307,8 @@ impl Default for Config {
             fetch: Fetch::default(),
             golden: Golden::default(),
             limits: Limits::default(),
+            platforms: Vec::new(),
+            uefi: Uefi::default(),
         }
     }
 }
@@ -316,6 +426,22 @@ impl Config {
                 _ => return wrong(&at("image"), "either image or manifest says what is prepared".into()),
             }
         }
+        let mut names = BTreeSet::new();
+        for (index, platform) in self.platforms.iter().enumerate() {
+            let at = |key: &str| format!("platform[{index}].{key}");
+            if !names.insert(&platform.name) {
+                return wrong(&at("name"), format!("{} is there twice", platform.name));
+            }
+            if let Some(why) = platform.platform().contradiction() {
+                return wrong(&at("mode"), why);
+            }
+            if platform.cpus == 0 || platform.memory.0 < MIB {
+                return wrong(&at("memory"), "a machine has at least 1 CPU and 1 MiB of memory".into());
+            }
+            if platform.bridge.is_empty() || !platform.bridge.chars().all(|c| c.is_ascii_graphic() && c != '/') {
+                return wrong(&at("bridge"), format!("{:?} is not the name of a network bridge", platform.bridge));
+            }
+        }
         if (1..MIB).contains(&self.limits.write_bandwidth.0) {
             return wrong("limits.write_bandwidth", format!("{} a second is less than 1 MiB; 0 is no limit", self.limits.write_bandwidth));
         }
@@ -366,6 +492,8 @@ mod tests {
             ("[golden]\nsize='1 KiB'", "golden.size"),
             ("[limits]\nconcurrent_renders=0", "limits.concurrent_renders"),
             ("[limits]\nwrite_bandwidth='1 KiB'", "limits.write_bandwidth"),
+            ("[[platform]]\nname='a'\nhypervisor='kvm'\nmode='pv'\nmemory='1 GiB'", "platform[0].mode"),
+            ("[[platform]]\nname='a'\nhypervisor='kvm'\nmemory='1 KiB'", "platform[0].memory"),
             ("[[golden.prerender]]\nsize='1 GiB'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nimage='a'\nmanifest='/b'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nmanifest='b'", "golden.prerender[0].manifest"),

@@ -37,6 +37,7 @@
 #![deny(unsafe_code, missing_docs)]
 
 pub mod api;
+pub mod boot;
 pub mod config;
 pub mod disk;
 pub mod error;

@@ -8,7 +8,14 @@ use std::{
     process::{Command, Stdio},
 };
 
-use cloudletd::mapping::{Bus, Dialect, Mapping, qemu};
+use cloudletd::{
+    boot::platform::{Firmware, Hypervisor, Mode, Platform},
+    mapping::{
+        Bus, Dialect, Mapping,
+        machine::{self, DirectKernel, Machine, UefiFiles, qemu::Accelerator},
+        qemu,
+    },
+};
 use serde_json::{Value, json};
 
 const UGLY: &str = "it's, \"a\" <b> & c:d=e \\ ü";
@@ -154,8 +161,13 @@ print(json.dumps(disks))
 "#;
 
 fn xl_parse(setting: &str) -> Result<Value, String> {
+    xl_read(XLU, setting)
+}
+
+/// What a script that loads Xen's parser makes of a text.
+fn xl_read(script: &str, setting: &str) -> Result<Value, String> {
     let mut child = Command::new("python3")
-        .args(["-c", XLU])
+        .args(["-c", script])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -187,4 +199,169 @@ fn xens_parser_reads_the_disks_back() {
     assert_eq!(disks[2], wanted("/srv/phy:target=x,cdrom", "xvdc", 4, 0));
     assert_eq!(disks[27]["vdev"], "xvdab");
     assert!(xl_parse(&setting.replace("vdev=", "vdevice=")).is_err(), "the judge refuses what xl does not know");
+}
+
+/// The machines of every platform that makes sense, with what they need.
+fn machines<'a>(mapping: &'a Mapping, platforms: &'a [Platform]) -> Vec<Machine<'a>> {
+    let kernel = || DirectKernel { kernel: "/srv/k'1 & <2>".into(), initrd: Some("/srv/i".into()), cmdline: "root=UUID=1 ro 'a' \\b".into() };
+    let machine = |platform: &'a Platform| Machine {
+        mapping,
+        platform,
+        cpus: 2,
+        memory_bytes: 512 << 20,
+        nested: platform.hypervisor == Hypervisor::Kvm,
+        bridge: "br0",
+        kernel: (platform.firmware == Firmware::Direct).then(kernel),
+        uefi: Some(UefiFiles { code: "/usr/share/OVMF/OVMF_CODE_4M.fd".into(), variables: "/usr/share/OVMF/OVMF_VARS_4M.fd".into() }),
+    };
+    platforms.iter().map(machine).collect()
+}
+
+fn platform(hypervisor: Hypervisor, mode: Mode, firmware: Firmware, bus: Bus) -> Platform {
+    Platform { hypervisor, mode, firmware, bus, arch: "x86_64".into(), consoles: Vec::new(), secure_boot: false }
+}
+
+fn xen_platforms() -> Vec<Platform> {
+    vec![
+        platform(Hypervisor::Xen, Mode::Pv, Firmware::Loader, Bus::Xen),
+        platform(Hypervisor::Xen, Mode::Pv, Firmware::Direct, Bus::Xen),
+        platform(Hypervisor::Xen, Mode::Pvh, Firmware::Direct, Bus::Xen),
+        platform(Hypervisor::Xen, Mode::Hvm, Firmware::Bios, Bus::Xen),
+        platform(Hypervisor::Xen, Mode::Hvm, Firmware::Uefi, Bus::Scsi),
+    ]
+}
+
+/// Raw devices with ugly names and one card.
+fn raw_instance() -> Mapping {
+    let ugly = PathBuf::from(format!("/srv/{UGLY}"));
+    let mut mapping = mapping(vec![
+        device("root", 0, "raw", &ugly, false, None),
+        device("data", 1, "block", Path::new("/dev/vg0/web-1"), false, None),
+        device("seed", 2, "raw", Path::new("/srv/seed.raw"), true, None),
+    ]);
+    mapping.nics = serde_json::from_value(json!([{"name": "eth0", "mac": "52:54:00:aa:bb:cc"}])).expect("a card");
+    mapping.identity.instance_uuid = "0b6a7d0e-6e3c-4b5e-9d8c-7a6b5c4d3e2f".into();
+    mapping
+}
+
+#[test]
+fn libvirts_schema_accepts_whole_domains() {
+    let directory = tempfile::tempdir().expect("directory");
+    let (mapping, mut platforms) = (raw_instance(), xen_platforms());
+    platforms.push(platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Bios, Bus::Virtio));
+    platforms.push(platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Direct, Bus::Scsi));
+    platforms.push(Platform { secure_boot: true, ..platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Uefi, Bus::Virtio) });
+    platforms.push(Platform { arch: "arm64".into(), ..platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Uefi, Bus::Virtio) });
+    for machine in machines(&mapping, &platforms) {
+        let xml = machine::libvirt::domain(&machine).expect("a domain");
+        let path = directory.path().join("domain.xml");
+        fs::write(&path, &xml).expect("written");
+        let output = Command::new("virt-xml-validate").arg(&path).arg("domain").output();
+        let output = output.expect("virt-xml-validate is needed by this test (Debian package libvirt-clients)");
+        assert!(output.status.success(), "{:?}: {}\n{xml}", machine.platform, String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// Reads the settings of a configuration with Xen's own parser.
+const XLU_SETTINGS: &str = r#"
+import ctypes, glob, json, sys
+util = ctypes.CDLL(sorted(glob.glob("/usr/lib/*/libxlutil.so.4*"))[0])
+libc = ctypes.CDLL(None)
+P, S = ctypes.c_void_p, ctypes.c_char_p
+libc.fdopen.restype = P
+util.xlu_cfg_init.restype = P
+util.xlu_cfg_init.argtypes = [P, S]
+util.xlu_cfg_readdata.argtypes = [P, S, ctypes.c_int]
+util.xlu_cfg_get_string.argtypes = [P, S, P, ctypes.c_int]
+util.xlu_cfg_get_long.argtypes = [P, S, P, ctypes.c_int]
+util.xlu_cfg_get_list.argtypes = [P, S, P, P, ctypes.c_int]
+util.xlu_cfg_get_listitem.restype = S
+util.xlu_cfg_get_listitem.argtypes = [P, ctypes.c_int]
+cfg = util.xlu_cfg_init(libc.fdopen(2, b"w"), b"test")
+data = sys.stdin.buffer.read()
+if util.xlu_cfg_readdata(cfg, data, len(data)):
+    sys.exit("the configuration does not parse")
+read = {}
+for name in ["name", "uuid", "type", "kernel", "ramdisk", "cmdline", "bootloader", "firmware", "on_reboot"]:
+    value = S()
+    if not util.xlu_cfg_get_string(cfg, name.encode(), ctypes.byref(value), 1):
+        read[name] = value.value.decode()
+for name in ["memory", "vcpus"]:
+    value = ctypes.c_long()
+    if not util.xlu_cfg_get_long(cfg, name.encode(), ctypes.byref(value), 1):
+        read[name] = value.value
+for name in ["vif", "disk"]:
+    found, count = P(), ctypes.c_int()
+    if not util.xlu_cfg_get_list(cfg, name.encode(), ctypes.byref(found), ctypes.byref(count), 1):
+        read[name] = [util.xlu_cfg_get_listitem(found, index).decode() for index in range(count.value)]
+print(json.dumps(read))
+"#;
+
+#[test]
+fn xens_parser_reads_whole_configurations_back() {
+    let (mapping, platforms) = (raw_instance(), xen_platforms());
+    let read: Vec<Value> = machines(&mapping, &platforms)
+        .iter()
+        .map(|machine| {
+            let text = machine::xl::domain(machine).expect("a configuration");
+            xl_read(XLU_SETTINGS, &text).unwrap_or_else(|error| panic!("libxlutil (Debian package xen-utils-4.17): {error}\n{text}"))
+        })
+        .collect();
+    for one in &read {
+        assert_eq!((&one["name"], &one["memory"], &one["vcpus"]), (&json!("web-1"), &json!(512), &json!(2)));
+        assert_eq!(one["vif"], json!(["mac=52:54:00:aa:bb:cc,bridge=br0"]));
+        assert_eq!(one["disk"].as_array().map(Vec::len), Some(3));
+    }
+    let types: Vec<&str> = read.iter().map(|one| one["type"].as_str().expect("a type")).collect();
+    assert_eq!(types, ["pv", "pv", "pvh", "hvm", "hvm"]);
+    assert_eq!((&read[0]["bootloader"], &read[0]["kernel"]), (&json!("pygrub"), &Value::Null));
+    assert_eq!(read[2]["kernel"], "/srv/k'1 & <2>");
+    assert_eq!(read[2]["cmdline"], "root=UUID=1 ro 'a' \\b", "quotes and backslashes come back");
+    assert_eq!((&read[3]["firmware"], &read[4]["firmware"]), (&json!("seabios"), &json!("ovmf")));
+}
+
+#[test]
+fn qemu_accepts_the_whole_command() {
+    let directory = tempfile::tempdir().expect("directory");
+    let mut mapping = images(directory.path());
+    // A bridge of the host is not there to be joined.
+    mapping.nics.clear();
+    mapping.identity.instance_uuid = "0b6a7d0e-6e3c-4b5e-9d8c-7a6b5c4d3e2f".into();
+    for (bus, consoles) in [(Bus::Virtio, vec![]), (Bus::Scsi, vec![cloudletd::boot::platform::Console::Vga]), (Bus::Nvme, vec![])] {
+        let platforms = [Platform { consoles, ..platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Bios, bus) }];
+        let machine = machines(&mapping, &platforms).remove(0);
+        let command = machine::qemu::command(&machine, Accelerator::Tcg).expect("arguments");
+        let monitor = directory.path().join("monitor");
+        let mut child = Command::new(&command[0]);
+        child
+            .args(&command[1..])
+            .args(["-S", "-chardev"])
+            .arg(format!("pipe,id=ask,path={}", monitor.display()))
+            .args(["-mon", "chardev=ask"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        // The command's own console has standard input and output; the monitor gets a pair of pipes.
+        for side in ["in", "out"] {
+            let path = format!("{}.{side}", monitor.display());
+            let _ = fs::remove_file(&path);
+            nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        }
+        let asks = std::thread::spawn({
+            let monitor = monitor.clone();
+            move || {
+                let mut file = File::options().write(true).open(format!("{}.in", monitor.display())).expect("opened by QEMU");
+                file.write_all(b"info block\ninfo uuid\nquit\n").expect("commands");
+            }
+        });
+        let answers = std::thread::spawn({
+            let monitor = monitor.clone();
+            move || fs::read_to_string(format!("{}.out", monitor.display())).unwrap_or_default()
+        });
+        let output = child.spawn().expect("qemu-system-x86_64 is needed by this test").wait_with_output().expect("finished");
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        asks.join().expect("asked");
+        let text = answers.join().expect("answered");
+        assert!(text.contains("disk0:") && text.contains("disk2:") && text.contains(&mapping.identity.instance_uuid), "{text}");
+    }
 }

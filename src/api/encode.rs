@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::{
+    config::PlatformConfig,
     disk::Layout,
     error::{Error, Result, Stage},
     mapping::{self, Role},
@@ -164,6 +165,7 @@ pub fn mapping(mapping: &mapping::Mapping) -> proto::Mapping {
             ssh_fingerprints: identity.ssh_fingerprints.clone(),
             known_hosts: identity.known_hosts.clone(),
         }),
+        nics: mapping.nics.iter().map(|nic| proto::Nic { name: nic.name.clone(), mac: nic.mac.to_string() }).collect(),
         injected_json: mapping.injected.to_string(),
         created_at: Some(timestamp(mapping.created_secs)),
     }
@@ -216,6 +218,27 @@ fn device_of(index: usize, device: &mapping::Device, whole: &mapping::Mapping) -
             offset_bytes: filesystem.offset_bytes,
             size_bytes: filesystem.size_bytes,
         }),
+    }
+}
+
+/// A configured platform.
+pub fn platform(config: &PlatformConfig) -> proto::Platform {
+    let platform = config.platform();
+    proto::Platform {
+        name: config.name.to_string(),
+        hypervisor: platform.hypervisor.name().to_owned(),
+        mode: platform.mode.name().to_owned(),
+        firmware: platform.firmware.name().to_owned(),
+        arch: platform.arch.clone(),
+        bus: platform.bus.name().to_owned(),
+        consoles: platform.consoles().into_iter().map(|console| console.name().to_owned()).collect(),
+        secure_boot: platform.secure_boot,
+        cpus: config.cpus,
+        memory_bytes: config.memory.0,
+        nested_virtualization: config.nested_virtualization,
+        bridge: config.bridge.clone(),
+        region: config.region.clone(),
+        endpoint: config.endpoint.clone(),
     }
 }
 

@@ -48,6 +48,12 @@ fn pool_info(pool: &Pool) -> proto::PoolInfo {
 
 #[tonic::async_trait]
 impl HostService for Hosts {
+    async fn list_platforms(&self, _request: Request<proto::ListPlatformsRequest>) -> Result<Response<proto::ListPlatformsResponse>, Status> {
+        let mut platforms: Vec<_> = self.0.config.platforms.iter().map(encode::platform).collect();
+        platforms.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Response::new(proto::ListPlatformsResponse { platforms }))
+    }
+
     async fn get_host_info(&self, _request: Request<proto::GetHostInfoRequest>) -> Result<Response<proto::GetHostInfoResponse>, Status> {
         let engine = Arc::clone(&self.0);
         let response = blocking(Stage::Host, move || {

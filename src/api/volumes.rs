@@ -29,7 +29,8 @@ fn bus_of(text: &str) -> Result<Bus> {
         "" | "virtio" => Ok(Bus::Virtio),
         "xen" => Ok(Bus::Xen),
         "scsi" => Ok(Bus::Scsi),
-        other => Err(Error::field(Stage::Request, "bus", format!("{other:?} is not xen, virtio or scsi"))),
+        "nvme" => Ok(Bus::Nvme),
+        other => Err(Error::field(Stage::Request, "bus", format!("{other:?} is not xen, virtio, scsi or nvme"))),
     }
 }
 
@@ -49,7 +50,11 @@ impl VolumeService for Volumes {
 
     async fn get_mapping(&self, request: Request<proto::GetMappingRequest>) -> Result<Response<proto::GetMappingResponse>, Status> {
         let request = request.into_inner();
-        let bus = bus_of(&request.bus)?;
+        let platform = if request.platform.is_empty() { None } else { Some(self.0.platform(&request.platform)?) };
+        let bus = match (&platform, request.bus.as_str()) {
+            (Some(config), "") => config.platform().bus,
+            (_, text) => bus_of(text)?,
+        };
         let catalog = &self.0.store.catalog;
         let (found, what) = match (request.volume, request.render_id.as_str()) {
             (Some(_), id) if !id.is_empty() => return Err(Error::field(Stage::Request, "render_id", "is exclusive with volume").into()),
@@ -63,7 +68,8 @@ impl VolumeService for Volumes {
             found.ok_or_else(|| Error::new(Kind::NotFound, Stage::Report, what, "there is no such volume").with_reason("VOLUME_NOT_FOUND"))?;
         let mapping = &record.mapping;
         Ok(Response::new(proto::GetMappingResponse {
-            libvirt_xml: mapping::libvirt::disks(mapping, bus)?,
+            libvirt_xml: if bus == Bus::Nvme { String::new() } else { mapping::libvirt::disks(mapping, bus)? },
+            machine: platform.map(|config| self.0.machine_forms(mapping, config)).transpose()?,
             xl_disks: mapping
                 .devices
                 .iter()

@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 use super::{
     Backing, Bus, Device, Mapping,
-    names::{expressible, guest_name, serial},
+    names::{expressible, guest_name, no_bus, serial},
 };
 use crate::error::Result;
 
@@ -24,6 +24,7 @@ pub fn disk(device: &Device, index: usize, bus: Bus) -> Result<String> {
         Bus::Xen => "xen",
         Bus::Virtio => "virtio",
         Bus::Scsi => "scsi",
+        Bus::Nvme => return Err(no_bus(device, "libvirt attaches no NVMe disks of its own: use virtio or scsi")),
     };
     let mut line = |depth: usize, text: String| writeln!(xml, "{:width$}{text}", "", width = depth * 2).expect("writing to a string");
     line(0, format!("<disk type='{kind}' device='disk'>"));
@@ -60,7 +61,7 @@ fn backing_store(chain: &[Backing], line: &mut impl FnMut(usize, String)) -> Res
 }
 
 /// For element content and for attributes in either kind of quotes. The caller has refused control characters, which can't be escaped.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
         match character {

@@ -6,6 +6,7 @@
 
 pub mod ec2;
 pub mod libvirt;
+pub mod machine;
 pub mod names;
 pub mod qemu;
 #[cfg(test)]
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::Result,
     fs::FsKind,
-    names::{Digest, InstanceName},
+    names::{Digest, InstanceName, MacAddr},
     target::{Volume, VolumeFormat},
 };
 
@@ -39,12 +40,24 @@ pub struct Mapping {
     pub image_id: String,
     /// Devices in boot order, the root first.
     pub devices: Vec<Device>,
+    /// Network cards in the guest's order.
+    #[serde(default)]
+    pub nics: Vec<Nic>,
     /// Identities given to the guest.
     pub identity: GuestIdentity,
     /// What was injected, replaced and removed, secrets redacted (the report of `guest`).
     pub injected: serde_json::Value,
     /// When it was published, seconds since 1970.
     pub created_secs: i64,
+}
+
+/// A network card of the instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Name in the guest.
+    pub name: String,
+    /// Hardware address: the one that the guest's configuration is bound to, or one derived from the instance.
+    pub mac: MacAddr,
 }
 
 /// What a device is for.
@@ -162,6 +175,8 @@ pub enum Bus {
     Virtio,
     /// SCSI, SATA or USB, `sda`.
     Scsi,
+    /// NVMe, `nvme0n1`.
+    Nvme,
 }
 
 impl FromStr for Bus {
@@ -172,7 +187,20 @@ impl FromStr for Bus {
             "xen" => Ok(Bus::Xen),
             "virtio" => Ok(Bus::Virtio),
             "scsi" => Ok(Bus::Scsi),
-            _ => Err(format!("{text:?} is not a bus; use xen, virtio or scsi")),
+            "nvme" => Ok(Bus::Nvme),
+            _ => Err(format!("{text:?} is not a bus; use xen, virtio, scsi or nvme")),
+        }
+    }
+}
+
+impl Bus {
+    /// The name used in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Bus::Xen => "xen",
+            Bus::Virtio => "virtio",
+            Bus::Scsi => "scsi",
+            Bus::Nvme => "nvme",
         }
     }
 }

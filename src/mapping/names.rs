@@ -12,6 +12,8 @@ pub fn guest_name(bus: Bus, index: usize) -> String {
         Bus::Xen => "xvd",
         Bus::Virtio => "vd",
         Bus::Scsi => "sd",
+        // Controllers count; each has one namespace here.
+        Bus::Nvme => return format!("nvme{index}n1"),
     };
     let mut letters = Vec::new();
     let mut rest = index;
@@ -30,6 +32,11 @@ pub fn guest_name(bus: Bus, index: usize) -> String {
 /// order the devices appear in. At most 20 bytes, which is what virtio-blk transports (VIRTIO_BLK_ID_BYTES).
 pub fn serial(device: &Device, index: usize) -> String {
     if index == 0 { device.role.name().to_owned() } else { format!("{}-{index}", device.role.name()) }
+}
+
+/// The error for a bus that a form has no words for.
+pub(super) fn no_bus(device: &Device, why: &str) -> Error {
+    Error::new(Kind::Unsupported, Stage::Report, device.volume.name.as_str(), why).with_reason("BUS_NOT_EXPRESSIBLE")
 }
 
 /// The path as text that can be quoted in every dialect. Refuses what is not absolute, not UTF-8, or holds a control character or one of the

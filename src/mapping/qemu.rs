@@ -73,6 +73,7 @@ fn frontend(device: &Device, index: usize, bus: Bus) -> String {
         Bus::Scsi => {
             format!("scsi-hd,bus=scsi0.0,channel=0,scsi-id={},lun={},drive=disk{index},id=dev-disk{index},serial={serial}", index % 256, index / 256)
         }
+        Bus::Nvme => format!("nvme,drive=disk{index},id=dev-disk{index},serial={serial}"),
         // Xen's own device has neither serial number nor boot index: the guest knows it by its vdev.
         Bus::Xen => return format!("xen-disk,drive=disk{index},id=dev-disk{index},vdev={}", guest_name(bus, index)),
     };

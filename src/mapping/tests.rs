@@ -33,7 +33,7 @@ fn device(role: Role, boot_order: u32, format: VolumeFormat, path: &str) -> Devi
 }
 
 /// An overlay root, a block device for data, a read-only seed and a scratch file with an ugly name.
-fn mapping() -> Mapping {
+pub(super) fn mapping() -> Mapping {
     let mut root = device(Role::Root, 0, VolumeFormat::Qcow2Overlay, "/srv/a b/web-1.qcow2");
     root.backing_chain = vec![Backing { path: "/store/golden,1.raw".into(), format: "raw".into() }];
     root.golden_digest = Some(Digest::of(b"golden"));
@@ -50,6 +50,7 @@ fn mapping() -> Mapping {
             seed,
             device(Role::Scratch, 3, VolumeFormat::Qcow2, "/srv/\"it's\" <a> & b\\c.qcow2"),
         ],
+        nics: vec![Nic { name: "eth0".into(), mac: MacAddr([0x52, 0x54, 0, 1, 2, 3]) }],
         identity: GuestIdentity {
             instance_uuid: "u".into(),
             machine_id: "m".into(),

@@ -7,17 +7,16 @@
 
 use super::{
     Bus, Device, Mapping,
-    names::{expressible, guest_name},
+    names::{expressible, guest_name, no_bus},
 };
-use crate::error::{Error, Kind, Result, Stage};
+use crate::error::Result;
 
 /// The specification of one device, without quotes; `index` is its place in the mapping.
 pub fn disk_line(device: &Device, index: usize, bus: Bus) -> Result<String> {
     match bus {
         Bus::Xen | Bus::Scsi => {}
-        Bus::Virtio => {
-            let text = "an xl disk on a virtio bus needs a backend outside of Xen's tools; use the xen bus, or scsi for emulated disks";
-            return Err(Error::new(Kind::Unsupported, Stage::Report, device.volume.name.as_str(), text).with_reason("BUS_NOT_EXPRESSIBLE"));
+        Bus::Virtio | Bus::Nvme => {
+            return Err(no_bus(device, "an xl disk on this bus needs a backend outside of Xen's tools; use the xen bus, or scsi for emulated disks"));
         }
     }
     let target = expressible(&device.volume.device)?;
@@ -38,7 +37,7 @@ pub fn disk_setting(mapping: &Mapping, bus: Bus) -> Result<String> {
 }
 
 /// A string of a domain configuration. Inside quotes of either kind a backslash escapes (libxlu_cfg.c, `xlu__cfgl_dequote`).
-fn quote(text: &str) -> String {
+pub(super) fn quote(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('\'');
     for character in text.chars() {

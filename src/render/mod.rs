@@ -22,6 +22,7 @@ pub mod flight;
 pub mod golden;
 pub mod inject;
 pub mod jobs;
+mod machine;
 pub mod prerender;
 mod recover;
 pub mod resolve;

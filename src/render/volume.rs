@@ -13,8 +13,8 @@ use crate::{
     ext4::read::Image,
     fs::{FsKind, Profile, Region, edit::Edit, patch::BlockPatch},
     guest::{config::Secret, identity::Identity},
-    mapping::{Backing, Device, Filesystem, GuestIdentity, MAPPING_VERSION, Mapping, Role},
-    names::{Digest, PoolName, VolumeName},
+    mapping::{Backing, Device, Filesystem, GuestIdentity, MAPPING_VERSION, Mapping, Nic, Role},
+    names::{Digest, MacAddr, PoolName, VolumeName},
     progress::Progress,
     render::{
         Engine, blocking,
@@ -279,6 +279,7 @@ impl Engine {
                 render_id: render_id.to_owned(),
                 image_id: resolved.image.record.id.clone(),
                 devices: vec![device],
+                nics: nics(render, &prepared.identity),
                 identity: injected.identity.clone(),
                 injected: injected.report.clone(),
                 created_secs: now_secs(),
@@ -355,6 +356,19 @@ fn prepare(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, 
     progress.enter(Stage::Edit, 0);
     let (plan, patch) = patch_of(golden, &injected, size_bytes, progress)?;
     Ok(Prepared { identity, injected, plan, patch, now })
+}
+
+/// The cards of an instance. One whose address nobody gave gets one that is the same whenever the instance is rendered (locally administered, in QEMU's
+/// range).
+fn nics(render: &ResolvedRender, identity: &Identity) -> Vec<Nic> {
+    let interfaces = render.spec.instance.network.iter().flat_map(|network| &network.interfaces);
+    let derived = |name: &str| {
+        let id = identity.uuid_of(&format!("mac:{name}")).into_bytes();
+        MacAddr([0x52, 0x54, 0x00, id[0], id[1], id[2]])
+    };
+    interfaces
+        .map(|interface| Nic { name: interface.name.to_string(), mac: interface.mac.unwrap_or_else(|| derived(interface.name.as_str())) })
+        .collect()
 }
 
 /// Whether the catalogue has a row for this volume already.

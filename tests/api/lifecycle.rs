@@ -80,3 +80,40 @@ async fn host_information_tells_pools_tools_and_filesystems() {
     );
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configured_platform_gives_whole_machines_and_an_unknown_one_is_named() {
+    let platforms = r#"
+        [[platform]]
+        name = "m1.small"
+        hypervisor = "kvm"
+        memory = "2 GiB"
+        cpus = 2
+        bridge = "lan0"
+        [[platform]]
+        name = "x1.pv"
+        hypervisor = "xen"
+        mode = "pv"
+        memory = "512 MiB"
+        region = "eu-1"
+    "#;
+    let platforms = cloudletd::config::Config::parse(platforms).expect("a configuration").platforms;
+    let mut daemon = Daemon::start_with(|config| config.platforms = platforms).await;
+    let listed = daemon.hosts.list_platforms(proto::ListPlatformsRequest {}).await.expect("a list").into_inner().platforms;
+    let shown: Vec<(&str, &str, &str, &str)> =
+        listed.iter().map(|one| (one.name.as_str(), one.mode.as_str(), one.firmware.as_str(), one.bus.as_str())).collect();
+    assert_eq!(shown, [("m1.small", "kvm", "bios", "virtio"), ("x1.pv", "pv", "loader", "xen")]);
+    let image = daemon.image().await;
+    daemon.render("key", spec(&image, "web1", VolumeFormat::Raw)).await;
+    let request =
+        |platform: &str| proto::GetMappingRequest { volume: Some(crate::support::volume("web1")), platform: platform.into(), ..Default::default() };
+    let kvm = daemon.volumes.get_mapping(request("m1.small")).await.expect("a mapping").into_inner();
+    let machine = kvm.machine.expect("a machine");
+    assert!(machine.libvirt_domain.contains("<memory unit='MiB'>2048</memory>") && machine.libvirt_domain.contains("52:54:00:00:00:01"));
+    assert!(machine.qemu_command.iter().any(|word| word.contains("br=lan0")) && machine.xl_config.is_empty());
+    let pv = daemon.volumes.get_mapping(request("x1.pv")).await.expect("a mapping").into_inner().machine.expect("a machine");
+    assert!(pv.xl_config.contains("bootloader = 'pygrub'") && pv.xl_config.contains("vdev=xvda") && pv.qemu_command.is_empty());
+    let unknown = daemon.volumes.get_mapping(request("m2.huge")).await.expect_err("not configured");
+    assert_eq!(unknown.code(), tonic::Code::NotFound);
+    daemon.stop().await;
+}

@@ -1,0 +1,3 @@
+//! Booting.
+
+pub mod platform;

@@ -1,0 +1,234 @@
+//! What a disk is to be booted on, in a provider's words. Input of [`crate::boot::check`] and of the boot configuration; given, never detected.
+
+use serde::{Deserialize, Serialize};
+
+pub use crate::mapping::Bus;
+
+/// The hypervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hypervisor {
+    /// Xen.
+    Xen,
+    /// KVM (or another that shows the guest a PC: QEMU's emulation, bhyve, Hyper-V generation 2 with virtio).
+    Kvm,
+    /// None: the disk is written to a machine's own drive.
+    None,
+}
+
+impl Hypervisor {
+    /// The name used in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Hypervisor::Xen => "xen",
+            Hypervisor::Kvm => "kvm",
+            Hypervisor::None => "none",
+        }
+    }
+}
+
+/// How the machine is virtualised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Xen paravirtual: the kernel knows Xen, no firmware.
+    Pv,
+    /// Xen PVH: hardware virtualisation, entry by an ELF note, no firmware.
+    Pvh,
+    /// Xen HVM: a whole PC.
+    Hvm,
+    /// KVM.
+    Kvm,
+    /// A machine of its own.
+    Metal,
+}
+
+impl Mode {
+    /// The name used in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Pv => "pv",
+            Mode::Pvh => "pvh",
+            Mode::Hvm => "hvm",
+            Mode::Kvm => "kvm",
+            Mode::Metal => "metal",
+        }
+    }
+}
+
+/// What starts first in the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// BIOS (SeaBIOS): the boot sector of the disk.
+    Bios,
+    /// UEFI (OVMF, AAVMF): the removable path of the disk's EFI system partition.
+    Uefi,
+    /// None: the host's tools load kernel and initrd, given as files.
+    Direct,
+    /// None: a loader of the host (pygrub, or pvgrub in the guest's place) reads the boot configuration from the disk.
+    Loader,
+}
+
+impl Firmware {
+    /// The name used in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Firmware::Bios => "bios",
+            Firmware::Uefi => "uefi",
+            Firmware::Direct => "direct",
+            Firmware::Loader => "loader",
+        }
+    }
+}
+
+/// Where the guest's kernel and boot loader talk to people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Console {
+    /// The screen.
+    Vga,
+    /// The first serial port: `ttyS0`, on ARM `ttyAMA0`.
+    Serial,
+    /// The hypervisor's own: `hvc0` (Xen's, virtio's).
+    Hypervisor,
+}
+
+impl Console {
+    /// The name used in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Console::Vga => "vga",
+            Console::Serial => "serial",
+            Console::Hypervisor => "hypervisor",
+        }
+    }
+
+    /// The kernel's argument for it.
+    pub fn argument(self, arch: &str) -> &'static str {
+        match self {
+            Console::Vga => "console=tty0",
+            Console::Serial if matches!(arch, "aarch64" | "arm64" | "arm" | "armv7l" | "armhf") => "console=ttyAMA0",
+            Console::Serial => "console=ttyS0,115200",
+            Console::Hypervisor => "console=hvc0",
+        }
+    }
+}
+
+/// A platform that a provider has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Platform {
+    /// The hypervisor.
+    pub hypervisor: Hypervisor,
+    /// How the machine is virtualised; `pv`, `pvh` and `hvm` are Xen's, `kvm` is KVM's, `metal` goes with no hypervisor.
+    pub mode: Mode,
+    /// What starts first.
+    pub firmware: Firmware,
+    /// Architecture as `uname -m` or Debian says it.
+    #[serde(default = "host_arch")]
+    pub arch: String,
+    /// How the root disk is attached.
+    pub bus: Bus,
+    /// Consoles; the last one is where the guest's login prompt and kernel messages go first. Empty for what suits the mode.
+    #[serde(default)]
+    pub consoles: Vec<Console>,
+    /// Whether the firmware starts signed programs only (UEFI Secure Boot).
+    #[serde(default)]
+    pub secure_boot: bool,
+}
+
+fn host_arch() -> String {
+    std::env::consts::ARCH.to_owned()
+}
+
+impl Platform {
+    /// The consoles given, or what suits: both screen and serial line where there is a PC, the hypervisor's where there is none.
+    pub fn consoles(&self) -> Vec<Console> {
+        match (&self.consoles[..], self.mode) {
+            ([], Mode::Pv | Mode::Pvh) => vec![Console::Hypervisor],
+            ([], Mode::Hvm | Mode::Kvm | Mode::Metal) => DEFAULT_CONSOLES.to_vec(),
+            (given, _) => given.to_vec(),
+        }
+    }
+
+    /// The architecture in the kernel's words.
+    pub fn machine(&self) -> &str {
+        machine(&self.arch)
+    }
+
+    /// Whether the parts go together: the mode belongs to the hypervisor, the firmware to the mode, the bus to the hypervisor.
+    pub fn contradiction(&self) -> Option<String> {
+        let Platform { hypervisor, mode, firmware, bus, secure_boot, .. } = self;
+        let mode_fits = match hypervisor {
+            Hypervisor::Xen => matches!(mode, Mode::Pv | Mode::Pvh | Mode::Hvm),
+            Hypervisor::Kvm => *mode == Mode::Kvm,
+            Hypervisor::None => *mode == Mode::Metal,
+        };
+        let firmware_fits = match mode {
+            Mode::Pv | Mode::Pvh => matches!(firmware, Firmware::Direct | Firmware::Loader),
+            Mode::Hvm | Mode::Kvm => *firmware != Firmware::Loader,
+            Mode::Metal => matches!(firmware, Firmware::Bios | Firmware::Uefi),
+        };
+        let bus_fits = match mode {
+            Mode::Pv | Mode::Pvh => *bus == Bus::Xen,
+            Mode::Hvm => *bus != Bus::Virtio,
+            Mode::Kvm | Mode::Metal => *bus != Bus::Xen,
+        };
+        if !mode_fits {
+            Some(format!("hypervisor {hypervisor:?} has no mode {mode:?}").to_lowercase())
+        } else if !firmware_fits {
+            Some(format!("a machine of mode {mode:?} does not start by {firmware:?}").to_lowercase())
+        } else if !bus_fits {
+            Some(format!("a machine of mode {mode:?} has no {bus:?} disks").to_lowercase())
+        } else if *secure_boot && *firmware != Firmware::Uefi {
+            Some("secure boot is a matter of uefi".to_owned())
+        } else {
+            None
+        }
+    }
+}
+
+/// Consoles of a disk that may be started anywhere: the screen, and the serial line that clouds and `virsh console` show.
+pub const DEFAULT_CONSOLES: [Console; 2] = [Console::Vga, Console::Serial];
+
+/// An architecture in the kernel's words (`uname -m`) for those known by several.
+pub fn machine(arch: &str) -> &str {
+    match arch {
+        "i386" | "i486" | "i586" | "i686" | "x86" => "i686",
+        "amd64" | "x86_64" | "x86-64" => "x86_64",
+        "arm64" | "aarch64" => "aarch64",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn platform(hypervisor: Hypervisor, mode: Mode, firmware: Firmware, bus: Bus) -> Platform {
+        Platform { hypervisor, mode, firmware, bus, arch: "x86_64".into(), consoles: Vec::new(), secure_boot: false }
+    }
+
+    #[test]
+    fn a_platform_reads_as_documents_write_it() {
+        let text = r#"{"hypervisor": "xen", "mode": "pvh", "firmware": "direct", "bus": "xen", "arch": "amd64"}"#;
+        let read: Platform = serde_json::from_str(text).expect("a platform");
+        assert_eq!((read.machine(), read.consoles()), ("x86_64", vec![Console::Hypervisor]));
+        assert!(serde_json::from_str::<Platform>(&text.replace("\"bus\"", "\"buss\"")).is_err());
+    }
+
+    #[test]
+    fn parts_that_do_not_go_together_are_named() {
+        let says = |hypervisor, mode, firmware, bus| platform(hypervisor, mode, firmware, bus).contradiction();
+        assert_eq!(says(Hypervisor::Kvm, Mode::Kvm, Firmware::Bios, Bus::Virtio), None);
+        assert_eq!(says(Hypervisor::Xen, Mode::Pv, Firmware::Loader, Bus::Xen), None);
+        assert_eq!(says(Hypervisor::None, Mode::Metal, Firmware::Uefi, Bus::Nvme), None);
+        assert_eq!(says(Hypervisor::Kvm, Mode::Pv, Firmware::Direct, Bus::Xen).as_deref(), Some("hypervisor kvm has no mode pv"));
+        assert_eq!(says(Hypervisor::Xen, Mode::Pvh, Firmware::Bios, Bus::Xen).as_deref(), Some("a machine of mode pvh does not start by bios"));
+        assert_eq!(says(Hypervisor::Xen, Mode::Hvm, Firmware::Bios, Bus::Virtio).as_deref(), Some("a machine of mode hvm has no virtio disks"));
+        let mut direct = platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Direct, Bus::Virtio);
+        direct.secure_boot = true;
+        assert_eq!(direct.contradiction().as_deref(), Some("secure boot is a matter of uefi"));
+    }
+}
