@@ -253,7 +253,8 @@ fn a_claimed_back_end_file_leaves_the_whole_network_to_the_template() {
 fn an_image_without_network_tooling_is_refused_unless_a_template_or_nobody_needs_it() {
     let mut facts = guest_trees::alpine_ifupdown_ng();
     facts.nodes.remove("/sbin/ifup");
-    let error = try_with(&facts, &config(one_nic(json!({}))), &[]).expect_err("refused");
+    let two = json!({"network": {"interfaces": [{"name": "eth0", "addresses": ["192.0.2.10/24", "192.0.2.11/24"]}]}});
+    let error = try_with(&facts, &config(two), &[]).expect_err("refused");
     assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "NO_NETWORK_BACKEND"));
     assert_eq!(with(&facts, one_nic(json!({})), &["/etc/network/interfaces"]).report.network.expect("network").backend, "template");
     assert!(with(&facts, json!({}), &[]).report.network.is_none());

@@ -1,6 +1,8 @@
 //! Requests as values of the daemon: every field is parsed here and an error names it; cross-field rules are `guest::validate`'s.
 
-use std::{net::IpAddr, str::FromStr};
+mod network;
+
+use std::str::FromStr;
 
 use serde_json::{Map, Value, json};
 
@@ -10,7 +12,7 @@ use crate::{
     fs::{FsKind, Profile},
     guest::{
         self,
-        config::{AuthorizedKeys, BackendKind, Cidr, HostKeys, InjectedFile, InstanceConfig, Interface, Network, Route, Secret},
+        config::{AuthorizedKeys, HostKeys, InjectedFile, InstanceConfig, Secret},
     },
     mapping::Role,
     names::{Digest, GuestPath, InstanceName},
@@ -29,10 +31,6 @@ fn parsed<T: FromStr<Err = String>>(field: &str, text: &str) -> Result<T> {
 
 fn optional<T: FromStr<Err = String>>(field: &str, text: &str) -> Result<Option<T>> {
     if text.is_empty() { Ok(None) } else { parsed(field, text).map(Some) }
-}
-
-fn address<T: FromStr>(field: &str, text: &str) -> Result<T> {
-    text.parse().map_err(|_| Error::field(Stage::Request, field, format!("{text:?} is not an IP address of the kind that is meant here")))
 }
 
 fn list<T, U>(field: &str, items: &[T], decode: impl Fn(&str, &T) -> Result<U>) -> Result<Vec<U>> {
@@ -191,7 +189,7 @@ fn instance(field: &str, message: &proto::InstanceConfig) -> Result<InstanceConf
     Ok(InstanceConfig {
         hostname: optional(&at("hostname"), &message.hostname)?,
         args: message.args.as_ref().map(struct_of).unwrap_or_default(),
-        network: message.network.as_ref().map(|message| network(&at("network"), message)).transpose()?,
+        network: message.network.as_ref().map(|message| network::network(&at("network"), message)).transpose()?,
         authorized_keys: list(&at("authorized_keys"), &message.authorized_keys, |_, keys| {
             let user = if keys.user.is_empty() { "root".to_owned() } else { keys.user.clone() };
             Ok(AuthorizedKeys { user, keys: keys.keys.clone() })
@@ -216,66 +214,6 @@ fn file(field: &str, message: &proto::InjectedFile) -> Result<InjectedFile> {
         mode => return Err(Error::field(Stage::Request, format!("{field}.mode"), format!("{mode:o} (octal) is more than 7777"))),
     };
     Ok(InjectedFile { path, content: Secret::new(message.content.clone()), mode, uid: message.uid, gid: message.gid })
-}
-
-fn network(field: &str, message: &proto::Network) -> Result<Network> {
-    let backend = match message.backend.as_str() {
-        "" => None,
-        name => {
-            let kinds = [BackendKind::Netplan, BackendKind::NetworkManager, BackendKind::Networkd, BackendKind::Ifupdown];
-            let found = kinds.into_iter().find(|kind| kind.name() == name);
-            let wrong = || {
-                Error::field(Stage::Request, format!("{field}.backend"), format!("{name:?} is not netplan, network-manager, networkd or ifupdown"))
-            };
-            Some(found.ok_or_else(wrong)?)
-        }
-    };
-    Ok(Network {
-        interfaces: list(&format!("{field}.interfaces"), &message.interfaces, interface)?,
-        nameservers: list(&format!("{field}.nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,
-        search: list(&format!("{field}.search"), &message.search, |field, text| parsed(field, text))?,
-        backend,
-    })
-}
-
-fn interface(field: &str, message: &proto::Interface) -> Result<Interface> {
-    let at = |rest: &str| format!("{field}.{rest}");
-    let gateway = |name: &str, text: &str| (!text.is_empty()).then(|| (at(name), text.to_owned()));
-    let mtu = u16::try_from(message.mtu).map_err(|_| Error::field(Stage::Request, at("mtu"), format!("{} is more than 65535", message.mtu)))?;
-    Ok(Interface {
-        name: parsed(&at("name"), &message.name)?,
-        mac: optional(&at("mac"), &message.mac)?,
-        addresses: list(&at("addresses"), &message.addresses, |field, text| cidr(field, text))?,
-        gateway4: gateway("gateway4", &message.gateway4).map(|(field, text)| address(&field, &text)).transpose()?,
-        gateway6: gateway("gateway6", &message.gateway6).map(|(field, text)| address(&field, &text)).transpose()?,
-        metric: message.metric,
-        routes: list(&at("routes"), &message.routes, |field, route| {
-            Ok(Route {
-                to: cidr(&format!("{field}.to"), if route.to == "default" { "0.0.0.0/0" } else { &route.to })?,
-                via: if route.via.is_empty() { None } else { Some(address(&format!("{field}.via"), &route.via)?) },
-                metric: route.metric,
-                on_link: route.on_link,
-            })
-        })?,
-        dhcp4: message.dhcp4,
-        dhcp6: message.dhcp6,
-        accept_ra: message.accept_ra,
-        mtu: (mtu > 0).then_some(mtu),
-        nameservers: list(&at("nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,
-        search: list(&at("search"), &message.search, |field, text| parsed(field, text))?,
-    })
-}
-
-fn cidr(field: &str, text: &str) -> Result<Cidr> {
-    let wrong = || Error::field(Stage::Request, field, format!("{text:?} is not an address with a prefix length, such as 192.0.2.10/24"));
-    let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-    let address: IpAddr = address.parse().map_err(|_| wrong())?;
-    let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
-    let max = if address.is_ipv4() { 32 } else { 128 };
-    if prefix > max {
-        return Err(Error::field(Stage::Request, field, format!("{text:?} has prefix length {prefix}, the limit is {max}")));
-    }
-    Ok(Cidr { address, prefix })
 }
 
 /// A protobuf Struct as JSON. Its numbers are doubles: those that are whole become integers again, as the manifest's schema means them.

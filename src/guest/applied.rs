@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result, Stage},
     fs::edit::Attrs,
     guest::{
-        config::{InstanceConfig, Interface, Network},
+        config::{Bond, Bridge, InstanceConfig, Interface, LinkKind, Network, Route, Vlan},
         plan::Plan,
     },
     units::Timestamp,
@@ -104,24 +104,71 @@ pub fn network_value(network: &Network) -> Value {
 }
 
 fn interface_value(interface: &Interface) -> Value {
-    let Interface { name, mac, addresses, gateway4, gateway6, metric, routes, dhcp4, dhcp6, accept_ra, mtu, nameservers, search } = interface;
-    let routes: Vec<Value> =
-        routes.iter().map(|route| json!({"to": route.to.to_string(), "via": route.via, "metric": route.metric, "on_link": route.on_link})).collect();
-    json!({
+    let Interface {
+        name,
+        kind,
+        mac,
+        addresses,
+        gateway4,
+        gateway6,
+        metric,
+        routes,
+        dhcp4,
+        dhcp6,
+        accept_ra,
+        ipv6_privacy,
+        link_local,
+        optional,
+        mtu,
+        nameservers,
+        search,
+    } = interface;
+    let mut value = json!({
         "name": name,
         "mac": mac,
         "addresses": addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "gateway4": gateway4,
         "gateway6": gateway6,
         "metric": metric,
-        "routes": routes,
+        "routes": routes.iter().map(route_value).collect::<Vec<_>>(),
         "dhcp4": dhcp4,
         "dhcp6": dhcp6,
         "accept_ra": accept_ra,
+        "ipv6_privacy": ipv6_privacy,
+        "link_local": link_local,
+        "optional": optional,
         "mtu": mtu,
         "nameservers": nameservers,
         "search": search,
-    })
+    });
+    let link = match kind {
+        LinkKind::Ethernet => return value,
+        LinkKind::Bond(Bond { members, mode, primary, miimon_ms, lacp_rate, hash_policy }) => json!({
+            "members": members,
+            "mode": mode.name(),
+            "primary": primary,
+            "miimon_ms": miimon_ms,
+            "lacp_rate": lacp_rate.map(|rate| rate.name()),
+            "xmit_hash_policy": hash_policy.map(|policy| policy.name()),
+        }),
+        LinkKind::Bridge(Bridge { members, stp, forward_delay, hello_time, max_age, ageing_time, priority }) => json!({
+            "members": members,
+            "stp": stp,
+            "forward_delay": forward_delay,
+            "hello_time": hello_time,
+            "max_age": max_age,
+            "ageing_time": ageing_time,
+            "priority": priority,
+        }),
+        LinkKind::Vlan(Vlan { id, link }) => json!({"id": id, "link": link}),
+    };
+    value[kind.name()] = link;
+    value
+}
+
+fn route_value(route: &Route) -> Value {
+    let Route { to, via, kind, metric, table, on_link } = route;
+    json!({"to": to.to_string(), "via": via, "type": kind.name(), "metric": metric, "table": table, "on_link": on_link})
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::{fmt, net::IpAddr};
 
 use serde_json::{Map, Value};
 
+pub use crate::guest::network::links::{Bond, BondMode, Bridge, HashPolicy, LacpRate, LinkKind, RouteKind, Vlan};
 use crate::names::{GuestPath, Hostname, InstanceName, InterfaceName, MacAddr};
 
 /// Everything an instance is told about itself.
@@ -101,12 +102,14 @@ pub struct Network {
     pub backend: Option<BackendKind>,
 }
 
-/// One Ethernet interface.
+/// One interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
-    /// Name in the guest; pinned to the MAC when there is one.
+    /// Name in the guest; that of a NIC is pinned to its MAC when there is one.
     pub name: InterfaceName,
-    /// Hardware address.
+    /// What it is.
+    pub kind: LinkKind,
+    /// A NIC's hardware address, which it is found by; the address that a bond, bridge or VLAN gets.
     pub mac: Option<MacAddr>,
     /// Static addresses, v4 and v6.
     pub addresses: Vec<Cidr>,
@@ -125,6 +128,12 @@ pub struct Interface {
     /// Accept router advertisements: `None` leaves the guest's default. networkd's is to accept them: without a router it waits some 12 s before
     /// it calls a link configured (measured with 252), so an interface with static addresses only is better off with `Some(false)`.
     pub accept_ra: Option<bool>,
+    /// Prefer temporary addresses where addresses come from router advertisements (RFC 8981); `None` leaves the guest's default.
+    pub ipv6_privacy: Option<bool>,
+    /// Whether the interface has an IPv6 link-local address; `None` leaves the guest's default, which is to have one.
+    pub link_local: Option<bool>,
+    /// The boot does not wait for this interface, where the guest's tool can be told so.
+    pub optional: bool,
     /// MTU in bytes, 68..=65535 (1280 or more with IPv6).
     pub mtu: Option<u16>,
     /// Resolvers on this link only.
@@ -138,6 +147,7 @@ impl Interface {
     pub fn named(name: InterfaceName) -> Self {
         Interface {
             name,
+            kind: LinkKind::Ethernet,
             mac: None,
             addresses: Vec::new(),
             gateway4: None,
@@ -147,6 +157,9 @@ impl Interface {
             dhcp4: false,
             dhcp6: false,
             accept_ra: None,
+            ipv6_privacy: None,
+            link_local: None,
+            optional: false,
             mtu: None,
             nameservers: Vec::new(),
             search: Vec::new(),
@@ -170,8 +183,12 @@ pub struct Route {
     pub to: Cidr,
     /// Next hop; `None` is a device route.
     pub via: Option<IpAddr>,
+    /// What happens to packets that take it.
+    pub kind: RouteKind,
     /// Metric.
     pub metric: Option<u32>,
+    /// Routing table; `None` is the main one (254).
+    pub table: Option<u32>,
     /// The next hop is on the link although no address contains it.
     pub on_link: bool,
 }
@@ -183,20 +200,58 @@ pub enum BackendKind {
     Netplan,
     /// NetworkManager keyfiles.
     NetworkManager,
+    /// SUSE's wicked: ifcfg files in /etc/sysconfig/network.
+    Wicked,
     /// systemd-networkd units.
     Networkd,
-    /// ifupdown's /etc/network/interfaces.
+    /// Red Hat's network service: ifcfg files in /etc/sysconfig/network-scripts.
+    Ifcfg,
+    /// Gentoo's netifrc: /etc/conf.d/net.
+    Netifrc,
+    /// ifupdown's /etc/network/interfaces (Debian, Alpine, busybox).
     Ifupdown,
+    /// A seed for the image's cloud-init, which then writes the configuration itself; only when asked for.
+    CloudInit,
+    /// The kernel's own `ip=` argument; for images without any network tooling.
+    KernelIp,
 }
 
 impl BackendKind {
+    /// All of them.
+    pub const ALL: [BackendKind; 9] = [
+        BackendKind::Netplan,
+        BackendKind::NetworkManager,
+        BackendKind::Wicked,
+        BackendKind::Networkd,
+        BackendKind::Ifcfg,
+        BackendKind::Netifrc,
+        BackendKind::Ifupdown,
+        BackendKind::CloudInit,
+        BackendKind::KernelIp,
+    ];
+
     /// The name used in documents, reports and the protocol.
     pub fn name(self) -> &'static str {
         match self {
             BackendKind::Netplan => "netplan",
             BackendKind::NetworkManager => "network-manager",
+            BackendKind::Wicked => "wicked",
             BackendKind::Networkd => "networkd",
+            BackendKind::Ifcfg => "ifcfg",
+            BackendKind::Netifrc => "netifrc",
             BackendKind::Ifupdown => "ifupdown",
+            BackendKind::CloudInit => "cloud-init",
+            BackendKind::KernelIp => "kernel-ip",
         }
+    }
+
+    /// The back-end of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// All names, for messages.
+    pub fn names() -> String {
+        Self::ALL.map(BackendKind::name).join(", ")
     }
 }

@@ -30,7 +30,7 @@ pub struct Report {
 /// What the guest's network will be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NetworkReport {
-    /// The back-end's name (`netplan`, `network-manager`, `networkd`, `ifupdown`), or `template` when the manifest's templates write it.
+    /// The back-end's name ([`crate::guest::config::BackendKind::name`]), or `template` when the manifest's templates write it.
     pub backend: String,
     /// What in the tree decided for it.
     pub why: String,
@@ -38,6 +38,9 @@ pub struct NetworkReport {
     pub interfaces: Vec<InterfaceReport>,
     /// What happens to /etc/resolv.conf, and why.
     pub resolv_conf: String,
+    /// What the kernel has to be started with for the network to come up (`ip=…`), for boot descriptions; empty but for the back-end `kernel-ip`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kernel_arguments: Vec<String>,
 }
 
 /// One interface of the guest.
@@ -45,7 +48,9 @@ pub struct NetworkReport {
 pub struct InterfaceReport {
     /// Name in the guest.
     pub name: String,
-    /// Hardware address it is bound to.
+    /// `ethernet`, `bond`, `bridge` or `vlan`.
+    pub kind: &'static str,
+    /// Hardware address: what a NIC is bound to, what anything else gets.
     pub mac: Option<String>,
     /// Static addresses with their prefix.
     pub addresses: Vec<String>,

@@ -2,10 +2,11 @@
 //!
 //! | what the image has | what happens |
 //! |---|---|
-//! | a link into /run/systemd/resolve (or to systemd's static copy), systemd-resolved starts | left; resolvers go to the back-end, or to resolved.conf.d for ifupdown without resolved's hook |
+//! | a link into /run/systemd/resolve (or to systemd's static copy), systemd-resolved starts | left; resolvers go to the back-end, or to resolved.conf.d for back-ends that do not tell resolved (ifupdown without its hook) |
 //! | no file at all, systemd-resolved starts | linked to resolved's stub, as its own tmpfiles rule would do |
-//! | a link into /run/resolvconf, resolvconf installed, ifupdown chosen | left; resolvers are `dns-*` options |
-//! | a link into /run/NetworkManager, NetworkManager chosen | left; resolvers are in the profile |
+//! | a link into /run/resolvconf, resolvconf installed, ifupdown or netifrc chosen | left; resolvers are the back-end's options |
+//! | a link into /run/netconfig or no file, wicked chosen, netconfig installed | left; resolvers are static ones in /etc/sysconfig/network/config |
+//! | a link into /run/NetworkManager or /run/netconfig, NetworkManager chosen | left; resolvers are in the profile |
 //! | NetworkManager chosen, a plain file or none | left: NetworkManager writes it, unless its configuration says `dns=none` |
 //! | a link whose maintainer is not there or does not start, any other link, a plain file, nothing | replaced by a file, if resolvers are given |
 //!
@@ -19,13 +20,16 @@ use crate::{
         config::{BackendKind, Network},
         enablement::{State, unit_state},
         facts::{GuestFacts, NodeKind},
-        network::{ini::values, is_link_local},
-        plan::Plan,
+        hostname::attrs_of,
+        network::{ini::values, is_link_local, shell::with_variables},
+        plan::{Plan, Visibility},
         tree::{in_lib, present},
     },
 };
 
 const PATH: &str = "/etc/resolv.conf";
+/// Where netconfig has its static resolvers.
+const NETCONFIG: &str = "/etc/sysconfig/network/config";
 /// glibc's and musl's MAXNS.
 const SERVERS_MAX: usize = 3;
 /// glibc before 2.26 reads six domains.
@@ -38,8 +42,10 @@ pub enum Resolver {
     Resolved,
     /// The same, and ifupdown hands its options to it.
     ResolvedWithHook,
-    /// resolvconf or openresolv owns it and takes ifupdown's options.
+    /// resolvconf or openresolv owns it and takes the options of ifupdown and netifrc.
     Resolvconf,
+    /// SUSE's netconfig merges it from its configuration and what wicked learns.
+    Netconfig,
     /// NetworkManager owns it.
     NetworkManager,
     /// Nobody: it is a file.
@@ -58,13 +64,28 @@ pub fn resolver(facts: &GuestFacts, backend: BackendKind) -> Resolver {
         let hook = ["/etc/network/if-up.d/resolved", "/etc/network/if-up.d/000resolvconf"].iter().any(|path| facts.exists(path));
         return if backend == BackendKind::Ifupdown && hook { Resolver::ResolvedWithHook } else { Resolver::Resolved };
     }
-    if into("resolvconf/") && present(facts, "/usr/sbin/resolvconf") && backend == BackendKind::Ifupdown {
+    if into("resolvconf/") && present(facts, "/usr/sbin/resolvconf") && matches!(backend, BackendKind::Ifupdown | BackendKind::Netifrc) {
         return Resolver::Resolvconf;
     }
-    if backend == BackendKind::NetworkManager && (target.is_none() || into("run/NetworkManager/")) && !manager_leaves_dns(facts) {
+    let netconfig = facts.text(NETCONFIG).is_some() && present(facts, "/usr/sbin/netconfig");
+    if backend == BackendKind::Wicked && netconfig && (into("run/netconfig/") || facts.node(PATH).is_none()) {
+        return Resolver::Netconfig;
+    }
+    if backend == BackendKind::NetworkManager
+        && (target.is_none() || into("run/NetworkManager/") || into("run/netconfig/"))
+        && !manager_leaves_dns(facts)
+    {
         return Resolver::NetworkManager;
     }
     Resolver::File
+}
+
+/// Whether a back-end hands the resolvers of its interfaces to systemd-resolved.
+fn tells_resolved(kind: BackendKind) -> bool {
+    match kind {
+        BackendKind::Netplan | BackendKind::NetworkManager | BackendKind::Networkd | BackendKind::CloudInit => true,
+        BackendKind::Wicked | BackendKind::Ifcfg | BackendKind::Netifrc | BackendKind::Ifupdown | BackendKind::KernelIp => false,
+    }
 }
 
 /// NetworkManager.conf(5): `dns=none` and `rc-manager=unmanaged` keep it off resolv.conf.
@@ -112,13 +133,17 @@ pub fn write_resolv_conf(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Netw
             if facts.node(PATH).is_none() {
                 plan.symlink(PATH, "../run/systemd/resolve/stub-resolv.conf", "systemd-resolved answers DNS queries")?;
             }
-            if !nothing && backend == Some(BackendKind::Ifupdown) && resolver(facts, BackendKind::Ifupdown) == Resolver::Resolved {
+            if !nothing && backend.is_some_and(|kind| !tells_resolved(kind) && resolver(facts, kind) == Resolver::Resolved) {
                 write_resolved_drop_in(plan, &servers, &search)?;
                 return Ok("left to systemd-resolved, which gets the resolvers by resolved.conf.d".into());
             }
             Ok("left to systemd-resolved, which gets the resolvers from the network configuration".into())
         }
-        Resolver::Resolvconf => Ok("left to resolvconf, which gets the resolvers from ifupdown".into()),
+        Resolver::Resolvconf => {
+            Ok(format!("left to resolvconf, which gets the resolvers from {}", backend.map_or("the network configuration", BackendKind::name)))
+        }
+        Resolver::Netconfig if nothing => Ok("left to netconfig; no resolvers are given".into()),
+        Resolver::Netconfig => write_netconfig(plan, facts, &servers, &search),
         Resolver::NetworkManager => Ok("left to NetworkManager, which gets the resolvers from the profiles".into()),
         Resolver::File if nothing => {
             if network.interfaces.iter().all(|interface| !interface.dhcp4 && !interface.dhcp6) && facts.node(PATH).is_some() {
@@ -158,6 +183,14 @@ fn write_file(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, server
     Ok(told.to_owned())
 }
 
+fn write_netconfig(plan: &mut Plan<'_>, facts: &GuestFacts, servers: &[String], search: &[String]) -> Result<String> {
+    let old = facts.text(NETCONFIG).unwrap_or_default();
+    let variables = [("NETCONFIG_DNS_STATIC_SERVERS", servers.join(" ")), ("NETCONFIG_DNS_STATIC_SEARCHLIST", search.join(" "))];
+    let text = with_variables(old, &variables);
+    plan.write_as(NETCONFIG, text, attrs_of(facts, NETCONFIG), "resolvers, which netconfig merges into resolv.conf", Visibility::Open)?;
+    Ok("left to netconfig, which gets the resolvers by its configuration".into())
+}
+
 fn write_resolved_drop_in(plan: &mut Plan<'_>, servers: &[String], search: &[String]) -> Result<()> {
     let mut text = String::from("# Written by cloudletd.\n[Resolve]\n");
     if !servers.is_empty() {
@@ -166,7 +199,12 @@ fn write_resolved_drop_in(plan: &mut Plan<'_>, servers: &[String], search: &[Str
     if !search.is_empty() {
         text.push_str(&format!("Domains={}\n", search.join(" ")));
     }
-    plan.write("/etc/systemd/resolved.conf.d/90-cloudlet.conf", text, 0o644, "resolvers: ifupdown has no way to hand them to systemd-resolved here")
+    plan.write(
+        "/etc/systemd/resolved.conf.d/90-cloudlet.conf",
+        text,
+        0o644,
+        "resolvers: the back-end has no way to hand them to systemd-resolved here",
+    )
 }
 
 /// Whether an address can be a resolver: not unspecified, multicast or broadcast. A loopback address can (a resolver inside the guest).

@@ -3,6 +3,8 @@
 //!
 //! All violations are collected, not just the first, each with the dotted path of its field.
 
+mod links;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
@@ -11,7 +13,7 @@ use std::{
 use crate::{
     error::{Error, Result, Stage, Violation},
     guest::{
-        config::{Cidr, InstanceConfig, Interface, Network, Route},
+        config::{Cidr, InstanceConfig, Interface, LinkKind, Network, Route, RouteKind},
         machine_id::check_machine_id,
         network::is_link_local,
         plan::printable,
@@ -20,7 +22,7 @@ use crate::{
     },
 };
 
-/// Interfaces of one instance; twice what QEMU's default machine has slots for.
+/// Interfaces of one instance, NICs and what stands on them; QEMU's default machine has slots for half as many NICs.
 pub const INTERFACES_MAX: usize = 64;
 /// Addresses of one instance.
 pub const ADDRESSES_MAX: usize = 256;
@@ -180,7 +182,9 @@ fn network_checks(checks: &mut Checks, network: &Network) {
         if let Some(at) = earlier.iter().position(|other| other.name == interface.name) {
             checks.add(format!("{field}.name"), format!("{} is also the name of network.interfaces[{at}]", interface.name));
         }
-        if let Some(at) = earlier.iter().position(|other| other.mac.is_some() && other.mac == interface.mac) {
+        let nic = |interface: &Interface| interface.kind == LinkKind::Ethernet;
+        // A bond, bridge or VLAN has the MAC of what it stands on unless told otherwise.
+        if let Some(at) = earlier.iter().position(|other| other.mac.is_some() && other.mac == interface.mac && nic(other) && nic(interface)) {
             checks.add(format!("{field}.mac"), format!("is also the MAC of network.interfaces[{at}]"));
         }
         for (at, cidr) in interface.addresses.iter().enumerate() {
@@ -194,6 +198,7 @@ fn network_checks(checks: &mut Checks, network: &Network) {
         }
         interface_checks(checks, &field, interface);
     }
+    links::link_checks(checks, network);
     default_route_checks(checks, interfaces);
 }
 
@@ -212,10 +217,6 @@ fn interface_checks(checks: &mut Checks, field: &str, interface: &Interface) {
     if RESERVED_NAMES.contains(&name) {
         checks.add(format!("{field}.name"), format!("{name} is reserved"));
     }
-    // udev refuses such names (systemd's ifname_valid); ifupdown takes "eth0.5" for VLAN 5 of eth0.
-    if name.bytes().all(|b| b.is_ascii_digit()) || name.contains('.') {
-        checks.add(format!("{field}.name"), format!("{name} is not the name of an Ethernet interface: it is a number or contains '.'"));
-    }
     for (index, cidr) in interface.addresses.iter().enumerate() {
         if let Err(why) = check_address(cidr) {
             checks.add(format!("{field}.addresses[{index}]"), why);
@@ -226,6 +227,9 @@ fn interface_checks(checks: &mut Checks, field: &str, interface: &Interface) {
         Some(mtu) if mtu < 68 => checks.add(format!("{field}.mtu"), format!("{mtu} is less than 68, the least for IPv4 (RFC 791)")),
         Some(mtu) if mtu < 1280 && v6 => checks.add(format!("{field}.mtu"), format!("{mtu} is less than 1280, the least for IPv6 (RFC 8200)")),
         _ => {}
+    }
+    if interface.link_local == Some(false) && (interface.accept_ra == Some(true) || interface.dhcp6) {
+        checks.add(format!("{field}.link_local"), "router advertisements and DHCPv6 need a link-local address");
     }
     dns_checks(checks, field, &interface.nameservers, interface.search.len());
     if let Some(gateway) = interface.gateway4 {
@@ -238,8 +242,8 @@ fn interface_checks(checks: &mut Checks, field: &str, interface: &Interface) {
     }
     for (index, route) in interface.routes.iter().enumerate() {
         route_checks(checks, &format!("{field}.routes[{index}]"), interface, route);
-        if interface.routes[..index].iter().any(|earlier| earlier.to == route.to && earlier.metric == route.metric) {
-            checks.add(format!("{field}.routes[{index}]"), format!("is a second route to {} with the same metric", route.to));
+        if interface.routes[..index].iter().any(|earlier| (earlier.to, earlier.metric, earlier.table) == (route.to, route.metric, route.table)) {
+            checks.add(format!("{field}.routes[{index}]"), format!("is a second route to {} with the same metric and table", route.to));
         }
     }
 }
@@ -323,6 +327,13 @@ fn route_checks(checks: &mut Checks, field: &str, interface: &Interface, route: 
     if host_bits {
         checks.add(format!("{field}.to"), format!("{} has bits set beyond its prefix, the kernel refuses such a route", route.to));
     }
+    if matches!(route.table, Some(0 | 255)) {
+        checks.add(format!("{field}.table"), "tables 0 and 255 are the kernel's own");
+    }
+    if route.kind != RouteKind::Unicast && (route.via.is_some() || route.on_link) {
+        checks.add(format!("{field}.via"), format!("a route of type {} has no next hop", route.kind.name()));
+        return;
+    }
     let Some(via) = route.via else { return };
     if via.is_ipv4() != route.to.address.is_ipv4() {
         checks.add(format!("{field}.via"), format!("{via} is of another family than {}", route.to));
@@ -345,7 +356,7 @@ fn default_route_checks(checks: &mut Checks, interfaces: &[Interface]) {
             .routes
             .iter()
             .enumerate()
-            .filter(|(_, route)| route.to.prefix == 0)
+            .filter(|(_, route)| route.to.prefix == 0 && matches!(route.table, None | Some(254)))
             .map(|(at, route)| (route.to.address.is_ipv6(), route.metric, format!("network.interfaces[{index}].routes[{at}]")));
         for (v6, metric, field) in gateways.chain(routes) {
             if let Some(first) = seen.get(&(v6, metric)) {

@@ -197,6 +197,5 @@ fn media_type(text: &str) -> std::result::Result<(), String> {
 
 fn network(problems: &mut Fields, given: Option<&Value>) -> Option<BackendKind> {
     let given = problems.object(given?, "network", &["backend"])?;
-    let kinds = [BackendKind::Netplan, BackendKind::NetworkManager, BackendKind::Networkd, BackendKind::Ifupdown];
-    problems.choice(given, "network", "backend", &kinds.map(|kind| (kind.name(), kind)))
+    problems.choice(given, "network", "backend", &BackendKind::ALL.map(|kind| (kind.name(), kind)))
 }

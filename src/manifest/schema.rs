@@ -51,7 +51,7 @@ pub fn schema() -> Value {
             "network": object("The guest's network configuration.", json!({
                 "backend": {
                     "description": "What the guest reads; default: found by looking at the image.",
-                    "enum": ["netplan", "network-manager", "networkd", "ifupdown"]
+                    "enum": crate::guest::config::BackendKind::ALL.map(crate::guest::config::BackendKind::name)
                 }
             }))
         },

@@ -13,6 +13,11 @@
 //!       "gateway4": "192.0.2.1", "gateway6": "fe80::1", "metric": 100, "mtu": 1500,
 //!       "routes": [{"to": "10.0.0.0/8", "via": "192.0.2.254", "metric": 5, "on_link": false}],
 //!       "dhcp4": false, "dhcp6": false, "accept_ra": false, "nameservers": [], "search": []
+//!     }, {
+//!       "name": "bond0", "dhcp4": true,
+//!       "bond": {"members": ["eth1", "eth2"], "mode": "active-backup", "primary": "eth1", "miimon_ms": 100}
+//!     }, {
+//!       "name": "bond0.5", "vlan": {"id": 5, "link": "bond0"}
 //!     }],
 //!     "nameservers": ["192.0.2.53"], "search": ["example.com"], "backend": "netplan"
 //!   },
@@ -27,15 +32,17 @@
 
 mod cursor;
 mod legacy;
+mod network;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde_json::{Map, Value};
 
 use self::cursor::{Cursor, Fields};
+pub use self::network::parse_cidr;
 use crate::{
     error::{Error, Kind, Result, Stage},
     guest::{
-        config::{AuthorizedKeys, BackendKind, Cidr, HostKeys, InjectedFile, InstanceConfig, Interface, Network, Route, Secret},
+        config::{AuthorizedKeys, HostKeys, InjectedFile, InstanceConfig, Secret},
         validate::validate,
     },
     names::InstanceName,
@@ -94,7 +101,7 @@ fn ours(root: Cursor<'_>, instance: Option<&InstanceName>) -> Result<InstanceCon
         instance: instance_name(fields.optional("instance", Cursor::parse)?, instance)?,
         hostname: fields.optional("hostname", Cursor::parse)?,
         args: fields.optional("args", Cursor::map)?.unwrap_or_default(),
-        network: fields.optional("network", network)?,
+        network: fields.optional("network", network::network)?,
         authorized_keys: fields.optional("authorized_keys", authorized_keys)?.unwrap_or_default(),
         root_password_hash: fields.optional("root_password_hash", |cursor| Ok(Secret::new(cursor.text()?)))?,
         machine_id: fields.optional("machine_id", |cursor| Ok(cursor.text()?.to_owned()))?,
@@ -111,83 +118,6 @@ fn host_keys(cursor: Cursor<'_>) -> Result<HostKeys> {
         "remove" => Ok(HostKeys::Remove),
         "keep" => Ok(HostKeys::Keep),
         _ => Err(cursor.error("must be fresh, remove or keep")),
-    }
-}
-
-fn network(cursor: Cursor<'_>) -> Result<Network> {
-    let mut fields = cursor.fields()?;
-    let network = Network {
-        interfaces: fields.optional("interfaces", |cursor| cursor.list(interface))?.unwrap_or_default(),
-        nameservers: fields.optional("nameservers", |cursor| cursor.list(Cursor::parse))?.unwrap_or_default(),
-        search: fields.optional("search", |cursor| cursor.list(Cursor::parse))?.unwrap_or_default(),
-        backend: fields.optional("backend", backend)?,
-    };
-    fields.finish()?;
-    Ok(network)
-}
-
-fn backend(cursor: Cursor<'_>) -> Result<BackendKind> {
-    let all = [BackendKind::Netplan, BackendKind::NetworkManager, BackendKind::Networkd, BackendKind::Ifupdown];
-    let text = cursor.text()?;
-    all.into_iter().find(|kind| kind.name() == text).ok_or_else(|| cursor.error(format!("must be one of {}", all.map(BackendKind::name).join(", "))))
-}
-
-fn interface(cursor: Cursor<'_>) -> Result<Interface> {
-    let mut fields = cursor.fields()?;
-    let mut interface = Interface::named(fields.required("name", Cursor::parse)?);
-    interface.mac = fields.optional("mac", Cursor::parse)?;
-    interface.addresses = fields.optional("addresses", |cursor| cursor.list(cidr))?.unwrap_or_default();
-    interface.gateway4 = fields.optional("gateway4", Cursor::parse)?;
-    interface.gateway6 = fields.optional("gateway6", Cursor::parse)?;
-    interface.metric = fields.optional("metric", Cursor::number)?;
-    interface.routes = fields.optional("routes", |cursor| cursor.list(route))?.unwrap_or_default();
-    interface.dhcp4 = fields.optional("dhcp4", Cursor::boolean)?.unwrap_or_default();
-    interface.dhcp6 = fields.optional("dhcp6", Cursor::boolean)?.unwrap_or_default();
-    interface.accept_ra = fields.optional("accept_ra", Cursor::boolean)?;
-    interface.mtu = fields.optional("mtu", Cursor::number)?;
-    interface.nameservers = fields.optional("nameservers", |cursor| cursor.list(Cursor::parse))?.unwrap_or_default();
-    interface.search = fields.optional("search", |cursor| cursor.list(Cursor::parse))?.unwrap_or_default();
-    fields.finish()?;
-    Ok(interface)
-}
-
-fn route(cursor: Cursor<'_>) -> Result<Route> {
-    let mut fields = cursor.fields()?;
-    let via: Option<std::net::IpAddr> = fields.optional("via", Cursor::parse)?;
-    let v6 = via.is_some_and(|via| via.is_ipv6());
-    let route = Route {
-        to: fields.required("to", |cursor| match cursor.text()? {
-            // As ip(8) and netplan say it; the family is the next hop's.
-            "default" if via.is_none() => Err(cursor.error("default needs a next hop in via, which tells the family")),
-            "default" => default_route(v6, &cursor),
-            _ => cidr(cursor),
-        })?,
-        via,
-        metric: fields.optional("metric", Cursor::number)?,
-        on_link: fields.optional("on_link", Cursor::boolean)?.unwrap_or_default(),
-    };
-    fields.finish()?;
-    Ok(route)
-}
-
-fn default_route(v6: bool, cursor: &Cursor<'_>) -> Result<Cidr> {
-    parse_cidr(if v6 { "::/0" } else { "0.0.0.0/0" }).map_err(|why| cursor.error(why))
-}
-
-fn cidr(cursor: Cursor<'_>) -> Result<Cidr> {
-    parse_cidr(cursor.text()?).map_err(|why| cursor.error(why))
-}
-
-/// An address with its prefix length, `192.0.2.10/24`. The prefix is never guessed.
-pub fn parse_cidr(text: &str) -> Result<Cidr, String> {
-    let shown = || text.chars().take(64).collect::<String>().escape_default().to_string();
-    let (address, prefix) = text.split_once('/').ok_or_else(|| format!("\"{}\" has no prefix length (as in 192.0.2.10/24)", shown()))?;
-    let address: std::net::IpAddr = address.parse().map_err(|_| format!("\"{}\" is not an IP address with a prefix length", shown()))?;
-    let max = if address.is_ipv4() { 32 } else { 128 };
-    let digits = !prefix.is_empty() && prefix.len() <= 3 && prefix.bytes().all(|b| b.is_ascii_digit());
-    match prefix.parse::<u8>() {
-        Ok(prefix) if digits && prefix <= max => Ok(Cidr { address, prefix }),
-        _ => Err(format!("\"{}\": the prefix length must be 0 to {max}", shown())),
     }
 }
 

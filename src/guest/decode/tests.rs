@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::guest::config::BackendKind;
 
 fn name() -> InstanceName {
     "web1".parse().expect("name")

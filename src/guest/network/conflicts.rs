@@ -10,7 +10,7 @@ use crate::{
         config::{BackendKind, Network},
         enablement::{State, enabling_links, init_script_links, unit_state},
         facts::GuestFacts,
-        network::{Presence, ifupdown, ini::values, netplan, renderer},
+        network::{Presence, ifcfg, ifupdown, ini::values, netifrc, netplan, renderer, wicked},
         plan::Plan,
         scrub::glob,
         tree::{present, shell_variable},
@@ -32,7 +32,8 @@ struct Selector {
 impl Selector {
     fn conflicts(&self, network: &Network) -> bool {
         if self.foreign {
-            return false;
+            // A bond of the same name is the same device.
+            return network.interfaces.iter().any(|interface| self.names.iter().any(|name| name == interface.name.as_str()));
         }
         if network.interfaces.is_empty() || (self.names.is_empty() && self.macs.is_empty()) {
             return !self.names.iter().any(|name| name == "lo");
@@ -58,15 +59,14 @@ pub fn remove(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, chosen
             remove_if(plan, network, &path, facts.text(&path).map(networkd_selector))?;
         }
     }
+    if installed(BackendKind::Networkd) {
+        for path in files(facts, "/etc/systemd/network", &[".netdev"]).into_iter().filter(|path| !path.contains("/10-cloudlet-")) {
+            remove_if(plan, network, &path, facts.text(&path).map(netdev_selector))?;
+        }
+    }
     if installed(BackendKind::NetworkManager) {
         for path in files(facts, "/etc/NetworkManager/system-connections", &[""]).into_iter().filter(|path| !path.contains("/cloudlet-")) {
             remove_if(plan, network, &path, facts.text(&path).map(keyfile_selector))?;
-        }
-        for path in files(facts, "/etc/sysconfig/network-scripts", &[""]) {
-            let device = path.rsplit('/').next().and_then(|name| name.strip_prefix("ifcfg-"));
-            if let Some(device) = device.filter(|device| *device != "lo") {
-                remove_if(plan, network, &path, facts.text(&path).map(|text| ifcfg_selector(text, device)))?;
-            }
         }
         if chosen != BackendKind::NetworkManager
             && matches!(unit_state(facts, "NetworkManager.service"), State::Enabled(_) | State::Preset(_))
@@ -75,8 +75,49 @@ pub fn remove(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, chosen
             keep_network_manager_off(plan, network)?;
         }
     }
+    if installed(BackendKind::NetworkManager) || installed(BackendKind::Ifcfg) {
+        ifcfg_files(plan, facts, network, ifcfg::DIRECTORY, &["route-", "route6-", "rule-", "rule6-"])?;
+    }
+    if installed(BackendKind::Wicked) || installed(BackendKind::NetworkManager) {
+        ifcfg_files(plan, facts, network, wicked::DIRECTORY, &["ifroute-", "ifrule-", "ifsysctl-"])?;
+    }
     ifupdown_files(plan, facts, network, chosen)?;
+    netifrc_links(plan, facts, network, chosen)?;
     stop_dhcpcd(plan, facts)
+}
+
+/// ifcfg files of one directory, with the files of routes and rules that go with a device.
+fn ifcfg_files(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, directory: &str, companions: &[&str]) -> Result<()> {
+    let all = files(facts, directory, &[""]);
+    for path in &all {
+        let name = path.rsplit('/').next().unwrap_or_default();
+        // An alias (eth0:1) goes with its interface.
+        let Some(config) = name.strip_prefix("ifcfg-").filter(|device| !matches!(*device, "lo" | "bootstrap")) else { continue };
+        let device = config.split(':').next().unwrap_or(config);
+        let selector = facts.text(path).map(|text| ifcfg_selector(text, device));
+        let conflicts = selector.as_ref().is_some_and(|selector| selector.conflicts(network));
+        remove_if(plan, network, path, selector)?;
+        for companion in companions.iter().filter(|_| conflicts) {
+            if let Some(path) = all.iter().find(|path| path.rsplit('/').next() == Some(&format!("{companion}{config}")[..])) {
+                plan.remove(path, format!("goes with ifcfg-{config} of the image, which is for the same interface"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// netifrc's services of our interfaces, when another back-end configures them.
+fn netifrc_links(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, chosen: BackendKind) -> Result<()> {
+    if chosen == BackendKind::Netifrc || renderer(BackendKind::Netifrc).presence(facts) == Presence::Absent {
+        return Ok(());
+    }
+    for link in netifrc::service_links(facts) {
+        let name = link.rsplit('/').next().and_then(|service| service.strip_prefix("net.")).unwrap_or_default();
+        if network.interfaces.is_empty() || network.interfaces.iter().any(|interface| interface.name.as_str() == name) {
+            plan.remove(&link, format!("netifrc must leave {name} alone"))?;
+        }
+    }
+    Ok(())
 }
 
 fn files(facts: &GuestFacts, directory: &str, suffixes: &[&str]) -> Vec<String> {
@@ -115,6 +156,11 @@ fn networkd_selector(text: &str) -> Selector {
     Selector { names, macs, foreign }
 }
 
+/// A device that is made: it conflicts by its name only.
+fn netdev_selector(text: &str) -> Selector {
+    Selector { names: words(&values(text, "NetDev", "Name")), macs: Vec::new(), foreign: true }
+}
+
 fn keyfile_selector(text: &str) -> Selector {
     let mut names = words(&values(text, "connection", "interface-name"));
     names.extend(words(&values(text, "match", "interface-name")));
@@ -127,7 +173,10 @@ fn keyfile_selector(text: &str) -> Selector {
 fn ifcfg_selector(text: &str, from_name: &str) -> Selector {
     let macs: Vec<String> = shell_variable(text, "HWADDR").map(str::to_owned).into_iter().collect();
     let device = shell_variable(text, "DEVICE").map(str::to_owned).or_else(|| macs.is_empty().then(|| from_name.to_owned()));
-    let foreign = shell_variable(text, "TYPE").is_some_and(|kind| !kind.eq_ignore_ascii_case("ethernet"));
+    // SUSE names the kind by the variables that only it has.
+    let made = ["BONDING_MASTER", "BRIDGE", "VLAN"].iter().any(|name| shell_variable(text, name).is_some_and(|value| value == "yes"))
+        || ["ETHERDEVICE", "TUNNEL"].iter().any(|name| shell_variable(text, name).is_some());
+    let foreign = made || shell_variable(text, "TYPE").is_some_and(|kind| !kind.eq_ignore_ascii_case("ethernet"));
     Selector { names: device.into_iter().collect(), macs: lower(macs), foreign }
 }
 

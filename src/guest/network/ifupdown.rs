@@ -13,7 +13,7 @@ use std::{
 use crate::{
     error::{Error, Result, Stage},
     guest::{
-        config::{BackendKind, Cidr, Interface, Network},
+        config::{BackendKind, Cidr, Interface, LinkKind, Network, RouteKind},
         enablement::{State, init_script_links, unit_state},
         facts::{GuestFacts, NodeKind},
         network::{Guest, GuestFile, GuestLink, LinkDns, NetRenderer, Presence, Rendered, conflicts, link_dns},
@@ -67,9 +67,10 @@ impl NetRenderer for Ifupdown {
         }
         text.push_str("\nauto lo\niface lo inet loopback\n");
         let mut rendered = Rendered::default();
-        for (interface, dns) in network.interfaces.iter().zip(link_dns(network)) {
-            let dns = if guest.resolver.takes_ifupdown_options() { dns } else { LinkDns::default() };
-            stanzas(&mut text, interface, &dns, flavour)?;
+        let all_dns = link_dns(network);
+        for at in network.bottom_up() {
+            let dns = if guest.resolver.takes_ifupdown_options() { all_dns[at].clone() } else { LinkDns::default() };
+            stanzas(&mut text, network, &network.interfaces[at], &dns, flavour)?;
         }
         check_clients(network, guest.facts, flavour, &mut rendered.warnings);
         rendered.files.push(GuestFile { path: FILE.into(), content: text, mode: 0o644, why: "network configuration for ifupdown".into() });
@@ -110,7 +111,7 @@ impl Stanza {
     }
 }
 
-fn stanzas(text: &mut String, interface: &Interface, dns: &LinkDns<'_>, flavour: Flavour) -> Result<()> {
+fn stanzas(text: &mut String, network: &Network, interface: &Interface, dns: &LinkDns<'_>, flavour: Flavour) -> Result<()> {
     let mut all = family_stanzas(interface, false, flavour);
     all.extend(family_stanzas(interface, true, flavour));
     if all.is_empty() {
@@ -132,6 +133,19 @@ fn stanzas(text: &mut String, interface: &Interface, dns: &LinkDns<'_>, flavour:
         let value = u8::from(accept);
         first.lines.insert(0, format!("pre-up echo {value} > /proc/sys/net/ipv6/conf/$IFACE/accept_ra || true"));
     }
+    if let Some(prefer) = interface.ipv6_privacy {
+        first.lines.insert(0, format!("pre-up echo {} > /proc/sys/net/ipv6/conf/$IFACE/use_tempaddr || true", if prefer { 2 } else { 0 }));
+    }
+    if interface.link_local == Some(false) || network.master(&interface.name).is_some() {
+        // IN6_ADDR_GEN_MODE_NONE.
+        first.lines.insert(0, "pre-up echo 1 > /proc/sys/net/ipv6/conf/$IFACE/addr_gen_mode || true".into());
+    }
+    let (made, unmade) = device_commands(interface);
+    first.lines.splice(0..0, made);
+    if let Some(last) = all.last_mut() {
+        last.lines.extend(unmade);
+    }
+    let first = &mut all[0];
     if !dns.servers.is_empty() {
         first.set("dns-nameservers", dns.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "));
     }
@@ -149,6 +163,55 @@ fn stanzas(text: &mut String, interface: &Interface, dns: &LinkDns<'_>, flavour:
         }
     }
     Ok(())
+}
+
+/// What makes a bond, bridge or VLAN before it is configured, and what removes it. iproute2's, busybox's and ifupdown-ng's `ip` all take these
+/// forms; options go by sysfs, which needs no further package. Loading the module of bonds may make a `bond0`, hence the questions.
+fn device_commands(interface: &Interface) -> (Vec<String>, Option<String>) {
+    let mut commands = Vec::new();
+    let mut run = |command: String| commands.push(format!("pre-up {command}"));
+    let kind = interface.kind.name();
+    match &interface.kind {
+        LinkKind::Ethernet => return (Vec::new(), None),
+        LinkKind::Vlan(vlan) => {
+            run(format!("ip link set dev {} up", vlan.link));
+            run(format!("[ -e /sys/class/net/$IFACE ] || ip link add link {} name $IFACE type vlan id {}", vlan.link, vlan.id));
+        }
+        LinkKind::Bond(_) | LinkKind::Bridge(_) => {
+            run(format!("modprobe -q {} || true", if kind == "bond" { "bonding" } else { "bridge" }));
+            run(format!("[ -e /sys/class/net/$IFACE ] || ip link add name $IFACE type {kind}"));
+        }
+    }
+    if let Some(mac) = interface.mac {
+        run(format!("ip link set dev $IFACE address {mac}"));
+    }
+    match &interface.kind {
+        LinkKind::Bond(bond) => {
+            run("ip link set dev $IFACE down".into());
+            for (name, value) in bond.options() {
+                run(format!("echo {value} > /sys/class/net/$IFACE/bonding/{name}"));
+            }
+            for member in &bond.members {
+                // The kernel takes only interfaces that are down, and brings them up itself.
+                run(format!("ip link set dev {member} down"));
+                run(format!("ip link set dev {member} master $IFACE"));
+            }
+            if let Some(primary) = &bond.primary {
+                run(format!("echo {primary} > /sys/class/net/$IFACE/bonding/primary"));
+            }
+        }
+        LinkKind::Bridge(bridge) => {
+            for (name, value) in bridge.sysfs_options() {
+                run(format!("echo {value} > /sys/class/net/$IFACE/bridge/{name}"));
+            }
+            for member in &bridge.members {
+                run(format!("ip link set dev {member} up"));
+                run(format!("ip link set dev {member} master $IFACE"));
+            }
+        }
+        LinkKind::Ethernet | LinkKind::Vlan(_) => {}
+    }
+    (commands, Some("post-down ip link delete dev $IFACE || true".into()))
 }
 
 fn family_stanzas(interface: &Interface, v6: bool, flavour: Flavour) -> Vec<Stanza> {
@@ -271,16 +334,22 @@ fn default_route(commands: &mut Vec<String>, interface: &Interface, gateway: IpA
 
 fn extra_routes(commands: &mut Vec<String>, interface: &Interface, v6: bool) {
     for route in interface.routes.iter().filter(|route| route.to.address.is_ipv6() == v6) {
-        let mut command = format!("up {} {}", ip_route(v6), route.to);
+        let kind = if route.kind == RouteKind::Unicast { String::new() } else { format!("{} ", route.kind.name()) };
+        let mut command = format!("up {} {kind}{}", ip_route(v6), route.to);
         if let Some(via) = route.via {
             if route.on_link && interface.is_off_subnet(via) {
                 host_route(commands, via);
             }
             let _ = write!(command, " via {via}");
         }
-        command.push_str(" dev $IFACE");
+        if kind.is_empty() {
+            command.push_str(" dev $IFACE");
+        }
         if let Some(metric) = route.metric {
             let _ = write!(command, " metric {metric}");
+        }
+        if let Some(table) = route.table {
+            let _ = write!(command, " table {table}");
         }
         commands.push(command);
     }

@@ -18,7 +18,7 @@ const DIRECTORY: &str = "/etc/systemd/network";
 
 /// Pins the name of every interface that has a MAC, and removes the image's own .link files for the same names or MACs.
 pub fn pin_names(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network) -> Result<()> {
-    let pinned: Vec<_> = network.interfaces.iter().filter_map(|interface| Some((&interface.name, interface.mac?))).collect();
+    let pinned: Vec<_> = network.nics().filter_map(|interface| Some((&interface.name, interface.mac?))).collect();
     if pinned.is_empty() {
         return Ok(());
     }
@@ -30,7 +30,10 @@ pub fn pin_names(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network) -> 
     if !has_systemd(facts) && !present(facts, "/usr/lib/systemd/systemd-udevd") {
         let mut rules = String::from("# Written by cloudletd.\n");
         for (name, mac) in &pinned {
-            rules.push_str(&format!("SUBSYSTEM==\"net\", ACTION==\"add\", ATTR{{type}}==\"1\", ATTR{{address}}==\"{mac}\", NAME=\"{name}\"\n"));
+            // Only hardware has a driver: a VLAN, bond or bridge on top has the same address.
+            rules.push_str(&format!(
+                "SUBSYSTEM==\"net\", ACTION==\"add\", DRIVERS==\"?*\", ATTR{{type}}==\"1\", ATTR{{address}}==\"{mac}\", NAME=\"{name}\"\n"
+            ));
         }
         return plan.write("/etc/udev/rules.d/70-cloudlet-net.rules", rules, 0o644, "names interfaces by MAC");
     }
@@ -67,8 +70,7 @@ fn remove_other_links(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network
             values(text, "Match", "MACAddress").iter().flat_map(|value| value.split_whitespace()).map(str::to_lowercase).collect();
         let names = values(text, "Link", "Name");
         let clash = network
-            .interfaces
-            .iter()
+            .nics()
             .find(|interface| names.contains(&interface.name.as_str()) || interface.mac.is_some_and(|mac| macs.contains(&mac.to_string())));
         if let Some(interface) = clash {
             plan.remove(&path, format!("gives a name to the hardware or takes the name of {}", interface.name))?;

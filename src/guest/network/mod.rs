@@ -7,13 +7,20 @@
 //! Values are typed (names, MACs, addresses, host names), so nothing that could break out of a line of configuration exists in the model; every
 //! writer here refuses control characters all the same (failures.md 14).
 
+pub mod cloud_init;
 pub mod conflicts;
+pub mod ifcfg;
 pub mod ifupdown;
 pub mod ini;
+pub mod kernel_ip;
 pub mod link;
+pub mod links;
+pub mod netifrc;
 pub mod netplan;
 pub mod network_manager;
 pub mod networkd;
+pub mod shell;
+pub mod wicked;
 
 use std::net::IpAddr;
 
@@ -26,21 +33,43 @@ use crate::{
         plan::Plan,
         report::{InterfaceReport, NetworkReport},
         resolv::{self, Resolver},
-        tree::present,
     },
     names::Hostname,
 };
 
-/// The renderers in the order of preference. netplan first: where it is installed it owns the others' files and writes them anew at each boot.
-/// NetworkManager before networkd, because every systemd tree contains networkd but only those that use NetworkManager start it. ifupdown last:
-/// it is the one that stays installed, unused, when an administrator moves to another.
-pub const PREFERENCE: [&dyn NetRenderer; 4] = [&netplan::Netplan, &network_manager::NetworkManager, &networkd::Networkd, &ifupdown::Ifupdown];
+/// The renderers in the order of preference, the only such list. Among those that the guest starts the first wins, then among those that a preset
+/// would start, then among those that are merely installed:
+///
+/// | back-end | why it is where it is |
+/// |---|---|
+/// | netplan | where it is installed it owns the others' files and writes them anew at each boot |
+/// | network-manager | every systemd tree contains networkd, but only those that use NetworkManager start it |
+/// | wicked | the same; SUSE images have either this or NetworkManager |
+/// | networkd | |
+/// | ifcfg | the network service of Red Hat 7 runs beside NetworkManager, which is meant |
+/// | netifrc | Gentoo images may start networkd or NetworkManager instead and still have it |
+/// | ifupdown | the one that stays installed, unused, when an administrator moves to another |
+/// | cloud-init | when asked for: the native back-ends say what is there before the first boot |
+/// | kernel-ip | when asked for, or when there is nothing else and it can express the network |
+pub const PREFERENCE: [&dyn NetRenderer; 9] = [
+    &netplan::Netplan,
+    &network_manager::NetworkManager,
+    &wicked::Wicked,
+    &networkd::Networkd,
+    &ifcfg::Ifcfg,
+    &netifrc::Netifrc,
+    &ifupdown::Ifupdown,
+    &cloud_init::CloudInit,
+    &kernel_ip::KernelIp,
+];
 
 /// What a tree says about one back-end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Presence {
     /// Not there.
     Absent,
+    /// It could be used, but only by those who ask for it; the text names what was found.
+    OnRequest(String),
     /// Its program is there but nothing starts it; the text names what was found.
     Installed(String),
     /// It is there, and a preset would start it at a first boot; the text names the preset. Weaker than a link: Debian's systemd brings a preset for
@@ -81,6 +110,8 @@ pub struct Rendered {
     pub files: Vec<GuestFile>,
     /// Links.
     pub links: Vec<GuestLink>,
+    /// What the kernel has to be started with, for the boot description.
+    pub kernel_arguments: Vec<String>,
     /// For the report.
     pub notes: Vec<String>,
     /// For the report.
@@ -115,13 +146,18 @@ pub fn renderer(kind: BackendKind) -> &'static dyn NetRenderer {
     match kind {
         BackendKind::Netplan => &netplan::Netplan,
         BackendKind::NetworkManager => &network_manager::NetworkManager,
+        BackendKind::Wicked => &wicked::Wicked,
         BackendKind::Networkd => &networkd::Networkd,
+        BackendKind::Ifcfg => &ifcfg::Ifcfg,
+        BackendKind::Netifrc => &netifrc::Netifrc,
         BackendKind::Ifupdown => &ifupdown::Ifupdown,
+        BackendKind::CloudInit => &cloud_init::CloudInit,
+        BackendKind::KernelIp => &kernel_ip::KernelIp,
     }
 }
 
 /// Picks the back-end: the one asked for if it is installed, else the first that the guest starts, else the first that a preset would start, else the
-/// first that is installed. `None` when the tree has no network tooling.
+/// first that is installed, else the kernel's `ip=` if that is enough. `None` when the tree has no network tooling.
 pub fn choose(network: &Network, facts: &GuestFacts) -> Result<Option<(&'static dyn NetRenderer, String)>> {
     if let Some(kind) = network.backend {
         let renderer = renderer(kind);
@@ -130,7 +166,9 @@ pub fn choose(network: &Network, facts: &GuestFacts) -> Result<Option<(&'static 
                 let message = format!("{} is asked for but the image does not contain it", kind.name());
                 Err(Error::field(Stage::Inject, "network.backend", message).with_reason("BACKEND_NOT_IN_IMAGE"))
             }
-            Presence::Installed(what) | Presence::Preset(what) | Presence::Enabled(what) => Ok(Some((renderer, format!("asked for; {what}")))),
+            Presence::OnRequest(what) | Presence::Installed(what) | Presence::Preset(what) | Presence::Enabled(what) => {
+                Ok(Some((renderer, format!("asked for; {what}"))))
+            }
         };
     }
     let found: Vec<_> = PREFERENCE.iter().map(|renderer| (*renderer, renderer.presence(facts))).collect();
@@ -138,27 +176,26 @@ pub fn choose(network: &Network, facts: &GuestFacts) -> Result<Option<(&'static 
         Presence::Enabled(why) => Some((*renderer, why.clone())),
         _ => None,
     });
-    let preset = || {
-        found.iter().find_map(|(renderer, presence)| match presence {
-            Presence::Preset(why) => Some((*renderer, format!("{why}; nothing else is there that the guest starts"))),
-            _ => None,
-        })
+    let weaker = |text: &dyn Fn(&Presence) -> Option<&String>| {
+        let found = found.iter().find_map(|(renderer, presence)| Some((*renderer, text(presence)?)));
+        found.map(|(renderer, why)| (renderer, format!("{why}; nothing else is there that the guest starts")))
     };
-    let installed = || {
-        found.iter().find_map(|(renderer, presence)| match presence {
-            Presence::Installed(why) => Some((*renderer, format!("{why}; nothing else is there that the guest starts"))),
-            _ => None,
-        })
+    let preset = || weaker(&|presence| if let Presence::Preset(why) = presence { Some(why) } else { None });
+    let installed = || weaker(&|presence| if let Presence::Installed(why) = presence { Some(why) } else { None });
+    let kernel = || {
+        let needed = kernel_ip::argument(network).is_ok_and(|argument| argument.is_some());
+        needed.then(|| (renderer(BackendKind::KernelIp), "the image has no network tooling; the kernel can do this by itself".to_owned()))
     };
-    Ok(enabled.or_else(preset).or_else(installed))
+    Ok(enabled.or_else(preset).or_else(installed).or_else(kernel))
 }
 
 /// Writes the network into the plan. `Kind::Unsupported` with reason `NO_NETWORK_BACKEND` when the image has nothing to configure interfaces with.
 pub fn apply(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, identity: &Identity) -> Result<NetworkReport> {
     let chosen = choose(network, facts)?;
     let template = plan.claimed().find(|path| match &chosen {
-        Some((renderer, _)) => renderer.owns(path),
-        None => PREFERENCE.iter().any(|renderer| renderer.owns(path)),
+        Some((renderer, _)) if renderer.kind() != BackendKind::KernelIp => renderer.owns(path),
+        // Nothing that is in the image was chosen: any back-end's file tells that the template's author knows better.
+        _ => PREFERENCE.iter().any(|renderer| renderer.owns(path)),
     });
     let template = template.map(str::to_owned);
     let (backend, why) = match (&chosen, &template) {
@@ -167,6 +204,9 @@ pub fn apply(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, identit
         (None, None) if network.interfaces.is_empty() => ("none", "the image has no network tooling and no interface is to be configured".to_owned()),
         (None, None) => return Err(no_backend()),
     };
+    let kind = chosen.as_ref().map(|(renderer, _)| renderer.kind());
+    let by_template = template.is_some();
+    let mut kernel_arguments = Vec::new();
     if let (Some((renderer, _)), None) = (&chosen, &template) {
         conflicts::remove(plan, facts, network, renderer.kind())?;
         let resolver = resolv::resolver(facts, renderer.kind());
@@ -179,27 +219,38 @@ pub fn apply(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network, identit
                 plan.symlink(&link.path, &link.target, link.why)?;
             }
         }
+        if network.backend.is_none() && renderer.kind() == BackendKind::KernelIp {
+            plan.warnings.push(format!("the image has no network tooling: it must be booted with {}", rendered.kernel_arguments.join(" ")));
+        }
+        kernel_arguments = rendered.kernel_arguments;
         plan.notes.extend(rendered.notes);
         plan.warnings.extend(rendered.warnings);
     } else if template.is_some() {
         plan.notes.push(format!("the network configuration is left to the template of {}: no native file is written", template.unwrap_or_default()));
     }
-    link::pin_names(plan, facts, network)?;
-    keep_cloud_init_off(plan, facts)?;
-    let resolv_conf = resolv::write_resolv_conf(plan, facts, network, chosen.as_ref().map(|(renderer, _)| renderer.kind()))?;
-    Ok(NetworkReport { backend: backend.to_owned(), why, interfaces: network.interfaces.iter().map(interface_report).collect(), resolv_conf })
+    if kind == Some(BackendKind::CloudInit) && !by_template {
+        cloud_init::let_it_run(plan, facts)?;
+    } else {
+        link::pin_names(plan, facts, network)?;
+        keep_cloud_init_off(plan, facts)?;
+    }
+    let resolv_conf = resolv::write_resolv_conf(plan, facts, network, kind)?;
+    let interfaces = network.interfaces.iter().map(interface_report).collect();
+    Ok(NetworkReport { backend: backend.to_owned(), why, interfaces, resolv_conf, kernel_arguments })
 }
 
 fn no_backend() -> Error {
-    let names: Vec<&str> = PREFERENCE.iter().map(|renderer| renderer.kind().name()).collect();
-    Error::new(Kind::Unsupported, Stage::Inject, "network", format!("the image has none of {}", names.join(", ")))
+    let own = |kind: &BackendKind| !matches!(kind, BackendKind::CloudInit | BackendKind::KernelIp);
+    let names: Vec<&str> = PREFERENCE.iter().map(|renderer| renderer.kind()).filter(own).map(BackendKind::name).collect();
+    let message = format!("the image has none of {}, and the kernel's ip= can't express this network", names.join(", "));
+    Error::new(Kind::Unsupported, Stage::Inject, "network", message)
         .with_reason("NO_NETWORK_BACKEND")
         .with_hint("install one of them in the image, or let a template of the manifest write the configuration, or give no network")
 }
 
 /// cloud-init writes its own network configuration at every boot of a new instance unless told not to (cloud-init #4121).
 fn keep_cloud_init_off(plan: &mut Plan<'_>, facts: &GuestFacts) -> Result<()> {
-    if !present(facts, "/usr/bin/cloud-init") && !facts.exists("/etc/cloud/cloud.cfg") {
+    if !cloud_init::is_installed(facts) {
         return Ok(());
     }
     let why = "cloud-init would overwrite the network configuration";
@@ -210,6 +261,7 @@ fn interface_report(interface: &Interface) -> InterfaceReport {
     let dynamic = [("dhcp4", interface.dhcp4), ("dhcp6", interface.dhcp6), ("slaac", interface.accept_ra == Some(true))];
     InterfaceReport {
         name: interface.name.to_string(),
+        kind: interface.kind.name(),
         mac: interface.mac.map(|mac| mac.to_string()),
         addresses: interface.addresses.iter().map(Cidr::to_string).collect(),
         dynamic: dynamic.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect(),
@@ -229,7 +281,9 @@ pub struct LinkDns<'n> {
 /// without any, on the first that has an address; a link without either could not reach a resolver.
 pub fn link_dns(network: &Network) -> Vec<LinkDns<'_>> {
     let routed = |interface: &Interface| {
-        interface.gateway4.is_some() || interface.gateway6.is_some() || interface.routes.iter().any(|route| route.to.prefix == 0)
+        interface.gateway4.is_some()
+            || interface.gateway6.is_some()
+            || interface.routes.iter().any(|route| route.to.prefix == 0 && route.table.is_none())
     };
     let addressed =
         |interface: &Interface| !interface.addresses.is_empty() || interface.dhcp4 || interface.dhcp6 || interface.accept_ra == Some(true);
@@ -240,6 +294,9 @@ pub fn link_dns(network: &Network) -> Vec<LinkDns<'_>> {
         .iter()
         .enumerate()
         .map(|(index, interface)| {
+            if network.master(&interface.name).is_some() {
+                return LinkDns::default();
+            }
             let carries = if any_routed { routed(interface) } else { fallback == Some(index) };
             let mut dns = LinkDns { servers: interface.nameservers.clone(), search: interface.search.iter().collect() };
             if carries {
@@ -266,6 +323,23 @@ impl Cidr {
             }
             _ => false,
         }
+    }
+}
+
+impl Cidr {
+    /// The network that the address is in: host bits cleared.
+    pub fn network(&self) -> Cidr {
+        let address = match self.address {
+            IpAddr::V4(own) => {
+                let mask = u32::MAX.checked_shl(32u32.saturating_sub(u32::from(self.prefix))).unwrap_or(0);
+                IpAddr::V4((u32::from(own) & mask).into())
+            }
+            IpAddr::V6(own) => {
+                let mask = u128::MAX.checked_shl(128u32.saturating_sub(u32::from(self.prefix))).unwrap_or(0);
+                IpAddr::V6((u128::from(own) & mask).into())
+            }
+        };
+        Cidr { address, prefix: self.prefix }
     }
 }
 

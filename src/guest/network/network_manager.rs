@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use crate::{
     error::Result,
     guest::{
-        config::{BackendKind, Interface, Network},
+        config::{BackendKind, Bond, Bridge, Interface, LinkKind, Network, RouteKind, Vlan},
         enablement::{State, unit_state},
         facts::GuestFacts,
         network::{Guest, GuestFile, GuestLink, LinkDns, NetRenderer, Presence, Rendered, ini::Ini, link_dns},
@@ -60,7 +60,7 @@ impl NetRenderer for NetworkManager {
         for (interface, dns) in network.interfaces.iter().zip(link_dns(network)) {
             let path = format!("/etc/NetworkManager/system-connections/cloudlet-{}.nmconnection", interface.name);
             let uuid = guest.identity.uuid_of(&format!("network-manager:{}", interface.name));
-            let content = keyfile(interface, &dns, &uuid.to_string(), &mut rendered.warnings).finish(&path)?;
+            let content = keyfile(network, interface, &dns, &uuid.to_string(), &mut rendered.warnings).finish(&path)?;
             rendered.files.push(GuestFile { path, content, mode: 0o600, why: format!("network configuration of {}", interface.name) });
         }
         if network.interfaces.is_empty() {
@@ -81,23 +81,34 @@ impl NetRenderer for NetworkManager {
     }
 }
 
-fn keyfile(interface: &Interface, dns: &LinkDns<'_>, uuid: &str, warnings: &mut Vec<String>) -> Ini {
+fn keyfile(network: &Network, interface: &Interface, dns: &LinkDns<'_>, uuid: &str, warnings: &mut Vec<String>) -> Ini {
     let mut ini = Ini::new();
     ini.section("connection");
     ini.set("id", format!("cloudlet-{}", interface.name));
     ini.set("uuid", uuid);
-    ini.set("type", "ethernet");
-    if interface.mac.is_none() {
+    ini.set("type", interface.kind.name());
+    let is_nic = interface.kind == LinkKind::Ethernet;
+    if interface.mac.is_none() || !is_nic {
         ini.set("interface-name", &interface.name);
     }
     // Before whatever profile without a device the image may have.
     ini.set("autoconnect-priority", 100);
+    let master = network.master(&interface.name);
+    if let Some(master) = master {
+        ini.set("master", master.name);
+        ini.set("slave-type", if master.is_bond { "bond" } else { "bridge" });
+    }
+    link_section(&mut ini, interface);
     ini.section("ethernet");
     if let Some(mac) = interface.mac {
-        ini.set("mac-address", mac);
+        ini.set(if is_nic { "mac-address" } else { "cloned-mac-address" }, mac);
     }
     if let Some(mtu) = interface.mtu {
         ini.set("mtu", mtu);
+    }
+    if master.is_some() {
+        // A member has no addresses, and NetworkManager wants no section of theirs.
+        return ini;
     }
     let (method4, method6) = (method4(interface), method6(interface));
     let carries = [method4 != "disabled", !matches!(method6, "disabled" | "link-local")];
@@ -111,6 +122,9 @@ fn keyfile(interface: &Interface, dns: &LinkDns<'_>, uuid: &str, warnings: &mut 
         // eui64 as the kernel does it; NetworkManager's default gives addresses that nobody outside can foresee.
         if v6 && matches!(method, "auto" | "dhcp") {
             ini.set("addr-gen-mode", "eui64");
+        }
+        if let (true, Some(prefer)) = (v6, interface.ipv6_privacy) {
+            ini.set("ip6-privacy", if prefer { 2 } else { 0 });
         }
         addresses_and_routes(&mut ini, interface, v6);
         let servers: Vec<&IpAddr> = dns.servers.iter().filter(|server| server.is_ipv6() == v6).collect();
@@ -131,6 +145,37 @@ fn keyfile(interface: &Interface, dns: &LinkDns<'_>, uuid: &str, warnings: &mut 
     ini
 }
 
+/// What makes the device, unless it is a NIC. VLANs keep reordered headers (`flags=1`), the kernel's default.
+fn link_section(ini: &mut Ini, interface: &Interface) {
+    match &interface.kind {
+        LinkKind::Ethernet => {}
+        LinkKind::Bond(bond) => {
+            let Bond { primary, .. } = bond;
+            ini.section("bond");
+            for (name, value) in bond.options() {
+                ini.set(name, value);
+            }
+            if let Some(primary) = primary {
+                ini.set("primary", primary);
+            }
+        }
+        LinkKind::Bridge(bridge) => {
+            let Bridge { stp, .. } = bridge;
+            ini.section("bridge");
+            ini.set("stp", stp);
+            for (name, value) in bridge.options().into_iter().filter(|(name, _)| *name != "stp_state") {
+                ini.set(&name.replace('_', "-"), value);
+            }
+        }
+        LinkKind::Vlan(Vlan { id, link }) => {
+            ini.section("vlan");
+            ini.set("flags", 1);
+            ini.set("id", id);
+            ini.set("parent", link);
+        }
+    }
+}
+
 fn method4(interface: &Interface) -> &'static str {
     if interface.dhcp4 {
         "auto"
@@ -144,6 +189,9 @@ fn method4(interface: &Interface) -> &'static str {
 /// `auto` is router advertisements, with DHCPv6 when they ask for it; `manual` ignores them; `dhcp` is DHCPv6 alone.
 fn method6(interface: &Interface) -> &'static str {
     let addressed = interface.family(true).next().is_some();
+    if interface.link_local == Some(false) && !addressed {
+        return "disabled";
+    }
     match (interface.accept_ra, interface.dhcp6) {
         (Some(true), _) | (None, true) => "auto",
         (Some(false), true) => "dhcp",
@@ -159,17 +207,17 @@ fn addresses_and_routes(ini: &mut Ini, interface: &Interface, v6: bool) {
         ini.set(&format!("address{}", index + 1), address);
     }
     let mut count = 0;
-    let mut route = |ini: &mut Ini, value: String, on_link: bool| {
+    let mut route = |ini: &mut Ini, value: String, options: Vec<String>| {
         count += 1;
         ini.set(&format!("route{count}"), value);
-        if on_link {
-            ini.set(&format!("route{count}_options"), "onlink=true");
+        if !options.is_empty() {
+            ini.set(&format!("route{count}_options"), options.join(","));
         }
     };
     if let Some(gateway) = interface.gateways().find(|gateway| gateway.is_ipv6() == v6) {
         ini.set("gateway", gateway);
         if interface.is_off_subnet(gateway) {
-            route(ini, format!("{gateway}/{}", if v6 { 128 } else { 32 }), false);
+            route(ini, format!("{gateway}/{}", if v6 { 128 } else { 32 }), Vec::new());
         }
     }
     if let Some(metric) = interface.metric {
@@ -183,7 +231,17 @@ fn addresses_and_routes(ini: &mut Ini, interface: &Interface, v6: bool) {
             (None, Some(metric)) => format!("{},{unspecified},{metric}", extra.to),
             (None, None) => extra.to.to_string(),
         };
-        route(ini, value, extra.on_link && extra.via.is_some());
+        let mut options = Vec::new();
+        if extra.on_link && extra.via.is_some() {
+            options.push("onlink=true".to_owned());
+        }
+        if let Some(table) = extra.table {
+            options.push(format!("table={table}"));
+        }
+        if extra.kind != RouteKind::Unicast {
+            options.push(format!("type={}", extra.kind.name()));
+        }
+        route(ini, value, options);
     }
 }
 

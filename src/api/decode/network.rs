@@ -1,0 +1,101 @@
+//! The network messages of a request.
+
+use std::{net::IpAddr, str::FromStr};
+
+use super::{list, optional, parsed};
+use crate::{
+    error::{Error, Result, Stage},
+    guest::config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Vlan},
+    proto,
+};
+
+fn address<T: FromStr>(field: &str, text: &str) -> Result<T> {
+    text.parse().map_err(|_| Error::field(Stage::Request, field, format!("{text:?} is not an IP address of the kind that is meant here")))
+}
+
+fn cidr(field: &str, text: &str) -> Result<Cidr> {
+    crate::guest::decode::parse_cidr(text).map_err(|why| Error::field(Stage::Request, field, why))
+}
+
+/// The network of an instance.
+pub(super) fn network(field: &str, message: &proto::Network) -> Result<Network> {
+    let wrong = || Error::field(Stage::Request, format!("{field}.backend"), format!("{:?} is none of {}", message.backend, BackendKind::names()));
+    let backend = match message.backend.as_str() {
+        "" => None,
+        name => Some(BackendKind::from_name(name).ok_or_else(wrong)?),
+    };
+    Ok(Network {
+        interfaces: list(&format!("{field}.interfaces"), &message.interfaces, interface)?,
+        nameservers: list(&format!("{field}.nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,
+        search: list(&format!("{field}.search"), &message.search, |field, text| parsed(field, text))?,
+        backend,
+    })
+}
+
+fn interface(field: &str, message: &proto::Interface) -> Result<Interface> {
+    let at = |rest: &str| format!("{field}.{rest}");
+    let gateway = |name: &str, text: &str| (!text.is_empty()).then(|| (at(name), text.to_owned()));
+    let mtu = u16::try_from(message.mtu).map_err(|_| Error::field(Stage::Request, at("mtu"), format!("{} is more than 65535", message.mtu)))?;
+    Ok(Interface {
+        name: parsed(&at("name"), &message.name)?,
+        kind: link_kind(field, message)?,
+        mac: optional(&at("mac"), &message.mac)?,
+        addresses: list(&at("addresses"), &message.addresses, |field, text| cidr(field, text))?,
+        gateway4: gateway("gateway4", &message.gateway4).map(|(field, text)| address(&field, &text)).transpose()?,
+        gateway6: gateway("gateway6", &message.gateway6).map(|(field, text)| address(&field, &text)).transpose()?,
+        metric: message.metric,
+        routes: list(&at("routes"), &message.routes, route)?,
+        dhcp4: message.dhcp4,
+        dhcp6: message.dhcp6,
+        accept_ra: message.accept_ra,
+        ipv6_privacy: message.ipv6_privacy,
+        link_local: message.link_local,
+        optional: message.optional,
+        mtu: (mtu > 0).then_some(mtu),
+        nameservers: list(&at("nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,
+        search: list(&at("search"), &message.search, |field, text| parsed(field, text))?,
+    })
+}
+
+fn link_kind(field: &str, message: &proto::Interface) -> Result<LinkKind> {
+    let names = |at: &str, names: &[String]| list(at, names, |at, name| parsed(at, name));
+    match (&message.bond, &message.bridge, &message.vlan) {
+        (None, None, None) => Ok(LinkKind::Ethernet),
+        (Some(bond), None, None) => Ok(LinkKind::Bond(Bond {
+            members: names(&format!("{field}.bond.members"), &bond.members)?,
+            mode: parsed(&format!("{field}.bond.mode"), &bond.mode)?,
+            primary: optional(&format!("{field}.bond.primary"), &bond.primary)?,
+            miimon_ms: bond.miimon_ms,
+            lacp_rate: optional(&format!("{field}.bond.lacp_rate"), &bond.lacp_rate)?,
+            hash_policy: optional(&format!("{field}.bond.xmit_hash_policy"), &bond.xmit_hash_policy)?,
+        })),
+        (None, Some(bridge), None) => Ok(LinkKind::Bridge(Bridge {
+            members: names(&format!("{field}.bridge.members"), &bridge.members)?,
+            stp: bridge.stp,
+            forward_delay: bridge.forward_delay,
+            hello_time: bridge.hello_time,
+            max_age: bridge.max_age,
+            ageing_time: bridge.ageing_time,
+            priority: bridge.priority,
+        })),
+        (None, None, Some(vlan)) => {
+            let at = format!("{field}.vlan.id");
+            let id = u16::try_from(vlan.id).map_err(|_| Error::field(Stage::Request, at, format!("{} is not 1 to 4094", vlan.id)))?;
+            Ok(LinkKind::Vlan(Vlan { id, link: parsed(&format!("{field}.vlan.link"), &vlan.link)? }))
+        }
+        _ => Err(Error::field(Stage::Request, field, "is more than one of bond, bridge and vlan")),
+    }
+}
+
+fn route(field: &str, message: &proto::Route) -> Result<Route> {
+    let via = if message.via.is_empty() { None } else { Some(address::<IpAddr>(&format!("{field}.via"), &message.via)?) };
+    let default = if via.is_some_and(|via| via.is_ipv6()) { "::/0" } else { "0.0.0.0/0" };
+    Ok(Route {
+        to: cidr(&format!("{field}.to"), if message.to == "default" { default } else { &message.to })?,
+        via,
+        kind: optional(&format!("{field}.type"), &message.r#type)?.unwrap_or(RouteKind::Unicast),
+        metric: message.metric,
+        table: message.table,
+        on_link: message.on_link,
+    })
+}
