@@ -266,6 +266,7 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
                 "nameservers": network.nameservers,
                 "search": network.search,
                 "backend": network.backend,
+                "document": hidden(network.document.as_bytes()),
             })),
             "authorized_keys": keys,
             "root_password_hash": hidden(message.root_password_hash.as_bytes()),

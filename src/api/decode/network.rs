@@ -5,7 +5,10 @@ use std::{net::IpAddr, str::FromStr};
 use super::{list, optional, parsed};
 use crate::{
     error::{Error, Result, Stage},
-    guest::config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Vlan},
+    guest::{
+        self,
+        config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Vlan},
+    },
     proto,
 };
 
@@ -24,6 +27,14 @@ pub(super) fn network(field: &str, message: &proto::Network) -> Result<Network> 
         "" => None,
         name => Some(BackendKind::from_name(name).ok_or_else(wrong)?),
     };
+    if !message.document.is_empty() {
+        let alone = proto::Network { document: message.document.clone(), backend: message.backend.clone(), ..Default::default() };
+        if *message != alone {
+            return Err(Error::field(Stage::Request, format!("{field}.document"), "is exclusive with interfaces, nameservers and search"));
+        }
+        let network = guest::decode::network_document(&message.document).map_err(|error| error.under_field(&format!("{field}.document")))?;
+        return Ok(Network { backend, ..network });
+    }
     Ok(Network {
         interfaces: list(&format!("{field}.interfaces"), &message.interfaces, interface)?,
         nameservers: list(&format!("{field}.nameservers"), &message.nameservers, |field, text| address::<IpAddr>(field, text))?,

@@ -58,6 +58,52 @@ impl<'v> Cursor<'v> {
         T::try_from(number).map_err(|_| self.error(format!("{number} is too large")))
     }
 
+    /// `true` or `false`, also as the number or word that YAML 1.1 writes by habit.
+    pub(super) fn loose_boolean(self) -> Result<bool> {
+        match (self.value.as_u64(), self.value.as_str().map(str::to_ascii_lowercase).as_deref()) {
+            (Some(0), _) | (_, Some("false" | "no" | "off" | "n")) => Ok(false),
+            (Some(1), _) | (_, Some("true" | "yes" | "on" | "y")) => Ok(true),
+            _ => self.boolean(),
+        }
+    }
+
+    /// A whole number, also written as text.
+    pub(super) fn loose_number<T: TryFrom<u64>>(self) -> Result<T> {
+        match self.value.as_str().map(str::parse::<u64>) {
+            Some(Ok(number)) => T::try_from(number).map_err(|_| self.error(format!("{number} is too large"))),
+            _ => self.number(),
+        }
+    }
+
+    /// A word: text, or what YAML took for a number or boolean (a mode `1`, a state `off`).
+    pub(super) fn word(&self) -> Result<String> {
+        match self.value {
+            Value::Number(number) => Ok(number.to_string()),
+            Value::Bool(value) => Ok(value.to_string()),
+            _ => Ok(self.text()?.to_owned()),
+        }
+    }
+
+    /// The value itself.
+    pub(super) fn value(&self) -> &'v Value {
+        self.value
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Whether this is an object.
+    pub(super) fn is_object(&self) -> bool {
+        self.value.is_object()
+    }
+
+    /// Whether this is an object with that member.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.value.get(name).is_some_and(|value| !value.is_null())
+    }
+
     /// An object taken as it is.
     pub(super) fn map(self) -> Result<Args> {
         self.value.as_object().cloned().ok_or_else(|| self.wrong_type("an object"))
@@ -123,6 +169,16 @@ impl<'v> Fields<'v> {
     /// The paths of fields that nobody asked for.
     pub(super) fn unknown(&self) -> Vec<String> {
         self.fields.keys().filter(|name| !self.seen.contains(&name.as_str())).map(|name| self.at(name)).collect()
+    }
+
+    /// Refuses a field that is known and can't be expressed, unless it has the value that means nothing.
+    pub(super) fn refuse(&mut self, name: &'static str, nothing: &[Value], why: &str) -> Result<()> {
+        self.seen.push(name);
+        match self.fields.get(name) {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) if nothing.contains(value) => Ok(()),
+            Some(_) => Err(Error::field(Stage::Request, self.at(name), format!("can't be expressed: {why}"))),
+        }
     }
 
     /// Refuses fields that nobody asked for.

@@ -27,10 +27,13 @@
 //! }
 //! ```
 //!
+//! Instead of `interfaces`, `nameservers` and `search`, `network` may have a `document`: netplan's or cloud-init's own ([`document`]).
+//!
 //! Every field is optional (`instance` too, when the caller names the instance otherwise); a field that is not known is an error with its path.
 //! `content_base64` stands for `content` where it is not text. And the form of 2010 (`legacy`), recognised by its `ip` or `dns`.
 
 mod cursor;
+mod document;
 mod legacy;
 mod network;
 
@@ -38,7 +41,10 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde_json::{Map, Value};
 
 use self::cursor::{Cursor, Fields};
-pub use self::network::parse_cidr;
+pub use self::{
+    document::{DOCUMENT_LEN_MAX as NETWORK_DOCUMENT_LEN_MAX, from_text as network_document},
+    network::parse_cidr,
+};
 use crate::{
     error::{Error, Kind, Result, Stage},
     guest::{

@@ -1,15 +1,22 @@
 //! The `network` member of the configuration document.
 
-use super::cursor::{Cursor, Fields};
+use super::{
+    cursor::{Cursor, Fields},
+    document,
+};
 use crate::{
     error::Result,
     guest::config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Vlan},
 };
 
-/// The network.
+/// The network: typed, or as a document of netplan or cloud-init (text, or the document itself as JSON).
 pub(super) fn network(cursor: Cursor<'_>) -> Result<Network> {
     let mut fields = cursor.fields()?;
     let backend = fields.optional("backend", backend)?;
+    if let Some(network) = fields.optional("document", document::decode)? {
+        fields.finish()?;
+        return Ok(Network { backend, ..network });
+    }
     let network = Network {
         interfaces: fields.optional("interfaces", |cursor| cursor.list(interface))?.unwrap_or_default(),
         nameservers: fields.optional("nameservers", |cursor| cursor.list(Cursor::parse))?.unwrap_or_default(),

@@ -157,7 +157,7 @@ fn member_checks(checks: &mut Checks, field: &str, network: &Network, member: &I
     let Some(master) = network.master(&member.name) else { return };
     let routed = member.gateways().next().is_some() || !member.routes.is_empty();
     let dns = !member.nameservers.is_empty() || !member.search.is_empty();
-    if !member.is_bare() || routed || dns || member.accept_ra.is_some() || member.ipv6_privacy.is_some() || member.link_local.is_some() {
+    if !member.is_bare() || routed || dns || member.accept_ra.is_some() || member.ipv6_privacy.is_some() || member.link_local == Some(true) {
         checks.add(field, format!("{} is a member of {}: addresses, routes and resolvers belong there", member.name, master.name));
     }
 }
@@ -181,6 +181,74 @@ fn cycle_checks(checks: &mut Checks, network: &Network) {
                 seen.push(name);
                 todo.extend(below.get(name).copied().unwrap_or_default().iter().map(InterfaceName::as_str));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::guest::decode::from_value;
+
+    fn fields(interfaces: Value) -> Vec<String> {
+        let document = json!({"instance": "web1", "network": {"interfaces": interfaces}});
+        match from_value(&document, None) {
+            Ok(_) => Vec::new(),
+            Err(error) => error.violations().iter().map(|violation| violation.field.trim_start_matches("network.interfaces").to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn links_that_fit_together_are_taken() {
+        assert!(
+            fields(json!([
+                {"name": "eth0"}, {"name": "eth1"},
+                {"name": "bond0", "bond": {"members": ["eth0", "eth1"], "mode": "active-backup", "primary": "eth0"}},
+                {"name": "bond0.7", "vlan": {"id": 7, "link": "bond0"}},
+                {"name": "br0", "addresses": ["192.0.2.1/24"], "bridge": {"members": ["bond0.7"], "stp": true, "forward_delay": 2}},
+            ]))
+            .is_empty()
+        );
+    }
+
+    #[test]
+    fn what_the_kernel_would_refuse_is_refused_with_its_field() {
+        let eth0 = json!({"name": "eth0"});
+        let bond = |bond: Value| json!([eth0, {"name": "bond0", "bond": bond}]);
+        let vlan = |name: &str, id: u32| json!([eth0, {"name": name, "vlan": {"id": id, "link": "eth0"}}]);
+        let long = "a".repeat(16);
+        for (interfaces, field) in [
+            (bond(json!({"members": [], "mode": "balance-rr"})), "[1].bond.members"),
+            (bond(json!({"members": ["eth9"], "mode": "balance-rr"})), "[1].bond.members[0]"),
+            (bond(json!({"members": ["eth0", "eth0"], "mode": "balance-rr"})), "[1].bond.members[1]"),
+            (bond(json!({"members": ["bond0"], "mode": "balance-rr"})), "[1].bond.members[0]"),
+            (bond(json!({"members": ["eth0"], "mode": "round-robin"})), "[1].bond.mode"),
+            (bond(json!({"members": ["eth0"], "mode": "802.3ad", "primary": "eth0"})), "[1].bond.primary"),
+            (bond(json!({"members": ["eth0"], "mode": "active-backup", "primary": "eth1"})), "[1].bond.primary"),
+            (bond(json!({"members": ["eth0"], "mode": "balance-rr", "lacp_rate": "fast"})), "[1].bond.lacp_rate"),
+            (bond(json!({"members": ["eth0"], "mode": "balance-rr", "xmit_hash_policy": "layer2"})), "[1].bond.xmit_hash_policy"),
+            (bond(json!({"members": ["eth0"], "mode": "802.3ad", "miimon_ms": 0})), "[1].bond.miimon_ms"),
+            (vlan("v", 0), "[1].vlan.id"),
+            (vlan("v", 4095), "[1].vlan.id"),
+            (vlan("eth0.6", 5), "[1].name"),
+            (vlan(&long, 5), "[1].name"),
+            (json!([{"name": "eth0.5"}]), "[0].name"),
+            (json!([{"name": "v", "vlan": {"id": 5, "link": "v"}}]), "[0].vlan.link"),
+            (json!([eth0, {"name": "a", "vlan": {"id": 5, "link": "eth0"}}, {"name": "b", "vlan": {"id": 5, "link": "a"}}]), "[2].vlan.link"),
+            (json!([eth0, {"name": "a", "vlan": {"id": 5, "link": "eth0"}}, {"name": "b", "vlan": {"id": 5, "link": "eth0"}}]), "[2].vlan.id"),
+            (json!([{"name": "br0", "bridge": {"members": ["v"]}}, {"name": "v", "vlan": {"id": 5, "link": "br0"}}]), "[0]"),
+            (json!([eth0, {"name": "br0", "bridge": {"members": ["eth0"], "stp": true, "forward_delay": 1}}]), "[1].bridge.forward_delay"),
+            (json!([{"name": "eth0", "addresses": ["192.0.2.1/24"]}, {"name": "br0", "bridge": {"members": ["eth0"]}}]), "[0]"),
+            (
+                json!([eth0, {"name": "br0", "bridge": {"members": ["eth0"]}}, {"name": "br1", "bridge": {"members": ["eth0"]}}]),
+                "[1].bridge.members[0]",
+            ),
+            (json!([{"name": "eth0", "bond": {"members": [], "mode": "balance-rr"}, "bridge": {}}]), "[0]"),
+            (json!([{"name": "eth0", "routes": [{"to": "10.0.0.0/8", "table": 255}]}]), "[0].routes[0].table"),
+        ] {
+            let found = fields(interfaces.clone());
+            assert!(found.iter().any(|found| found == field), "{interfaces}: {field} is not in {found:?}");
         }
     }
 }
