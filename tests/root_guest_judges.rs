@@ -1,21 +1,29 @@
-//! Standard tools judge the other files that injection writes: ssh-keygen the host keys and known_hosts lines, pwck the accounts, findmnt the
-//! fstab, getent-like parsing of hosts by the C library.
+//! Standard tools judge the other files that injection writes: ssh-keygen the host keys and known_hosts lines, pwck, grpck and visudo the accounts,
+//! findmnt the fstab.
 //!
-//! Needs the Debian packages openssh-client, passwd and util-linux; without them the tests fail.
+//! Needs root (pwck and grpck change their root) and the Debian packages openssh-client, passwd, sudo and util-linux; without them the tests fail.
 
 mod guest_trees;
 
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{PermissionsExt, chown, symlink},
     path::Path,
     process::{Command, Output},
 };
 
 use cloudletd::{
     fs::{FsKind, edit::EditOp},
-    guest::{Injection, Inputs, config::Secret, decode, facts::NodeKind, fstab::RootMount, identity::Identity, inject},
+    guest::{
+        Injection, Inputs,
+        config::Secret,
+        decode,
+        facts::{GuestFacts, NodeKind},
+        fstab::RootMount,
+        identity::Identity,
+        inject,
+    },
     names::InstanceName,
     units::Timestamp,
 };
@@ -28,14 +36,17 @@ const DOCUMENT: &str = r#"{
 
 /// Injects into the Debian-like tree and writes the tree's own text files and the edits below `root`.
 fn apply(root: &Path) -> Injection {
-    let facts = guest_trees::debian_ifupdown();
+    apply_to(root, &guest_trees::debian_ifupdown(), DOCUMENT)
+}
+
+fn apply_to(root: &Path, facts: &GuestFacts, document: &str) -> Injection {
     let instance: InstanceName = "web1".parse().expect("name");
-    let config = decode::from_json(DOCUMENT.as_bytes(), Some(&instance)).expect("valid").config;
+    let config = decode::from_json(document.as_bytes(), Some(&instance)).expect("valid").config;
     let identity = Identity::derive(&uuid::Uuid::from_u128(1), &instance, Secret::new(vec![9; 32])).expect("identity");
     let none = BTreeSet::new();
     let mount = RootMount { source: "UUID=6a1f0a5e-0000-4000-8000-000000000001".into(), fs: FsKind::Ext4, mounts: Default::default() };
     let inputs = Inputs {
-        facts: &facts,
+        facts,
         config: &config,
         identity: &identity,
         claimed: &none,
@@ -56,8 +67,23 @@ fn apply(root: &Path) -> Injection {
         }
     }
     for edit in &injection.edits {
-        if let EditOp::WriteFile { content, attrs } = &edit.op {
-            write(&edit.path.to_string(), content, attrs.mode);
+        let path = edit.path.to_string();
+        let at = root.join(path.trim_start_matches('/'));
+        match &edit.op {
+            EditOp::WriteFile { content, attrs } => {
+                write(&path, content, attrs.mode);
+                chown(&at, Some(attrs.uid), Some(attrs.gid)).expect("chown");
+            }
+            EditOp::MakeDir { .. } => fs::create_dir_all(&at).expect("mkdir"),
+            EditOp::Symlink { target, .. } => {
+                fs::create_dir_all(at.parent().expect("parent")).expect("directories");
+                let _ = fs::remove_file(&at);
+                symlink(std::str::from_utf8(target).expect("text"), &at).expect("symlink");
+            }
+            EditOp::Remove => {
+                let _ = fs::remove_file(&at);
+            }
+            _ => panic!("{edit:?} is not known to this test"),
         }
     }
     injection
@@ -65,7 +91,7 @@ fn apply(root: &Path) -> Injection {
 
 #[track_caller]
 fn tool(program: &str, arguments: &[&str]) -> Output {
-    assert!(Path::new(program).exists(), "this test needs {program}: install openssh-client, passwd, util-linux");
+    assert!(Path::new(program).exists(), "this test needs {program}: install openssh-client, passwd, sudo, util-linux");
     Command::new(program).args(arguments).env("LC_ALL", "C").output().expect("runs")
 }
 
@@ -107,4 +133,30 @@ fn pwck_and_findmnt_find_nothing_wrong() {
     let told = String::from_utf8_lossy(&mounts.stdout);
     let fields: Vec<&str> = told.split_whitespace().collect();
     assert_eq!(fields, ["UUID=6a1f0a5e-0000-4000-8000-000000000001", "/", "ext4"], "{told}");
+}
+
+#[test]
+fn pwck_grpck_and_visudo_find_nothing_wrong_with_users_that_were_made() {
+    let root = tempfile::tempdir().expect("scratch");
+    let facts = guest_trees::debian_with_accounts();
+    let document = r#"{"root_login": "keys-only", "users": [
+        {"name": "bob", "full_name": "Bob B", "groups": ["adm", "sudo"], "sudo": "nopasswd"},
+        {"name": "eve", "uid": 4321, "home": "/srv/eve", "sudo": "password", "password_hash":
+         "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/"},
+        {"name": "ada", "groups": ["sudo"], "lock_password": true}]}"#;
+    for path in ["bin/bash", "bin/sh", "usr/sbin/nologin", "home/ada/x", "root/x", "nonexistent/x"] {
+        let path = root.path().join(path);
+        fs::create_dir_all(path.parent().expect("parent")).expect("directories");
+        fs::write(&path, "").expect("write");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("mode");
+    }
+    apply_to(root.path(), &facts, document);
+    let at = root.path().to_str().expect("UTF-8");
+    for program in ["/usr/sbin/pwck", "/usr/sbin/grpck"] {
+        let found = tool(program, &["--read-only", "--root", at]);
+        assert!(found.status.success() && found.stdout.is_empty(), "{program}: {}", String::from_utf8_lossy(&found.stdout));
+    }
+    let sudoers = root.path().join("etc/sudoers.d/90-cloudlet");
+    let checked = tool("/usr/sbin/visudo", &["--check", "--strict", "--owner", "--perms", "--file", sudoers.to_str().expect("UTF-8")]);
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
 }

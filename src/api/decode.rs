@@ -1,6 +1,7 @@
 //! Requests as values of the daemon: every field is parsed here and an error names it; cross-field rules are `guest::validate`'s.
 
 mod network;
+mod setup;
 
 use std::str::FromStr;
 
@@ -202,6 +203,7 @@ fn instance(field: &str, message: &proto::InstanceConfig) -> Result<InstanceConf
             proto::HostKeyPolicy::Keep => HostKeys::Keep,
         },
         files: list(&at("files"), &message.files, file)?,
+        setup: setup::setup(field, message)?,
         instance: name,
     })
 }
@@ -274,6 +276,7 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
             "ssh_host_keys": message.ssh_host_keys,
             "files": files,
             "config_json": hidden(message.config_json.as_bytes()),
+            "setup": setup::canonical(message, &hidden),
         },
     }})
 }

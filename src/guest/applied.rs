@@ -58,7 +58,8 @@ fn escape_controls(json: &str) -> String {
 
 /// The configuration as a document without secrets; also fit for logs.
 pub fn document(config: &InstanceConfig, secret_args: &BTreeSet<String>) -> Value {
-    let InstanceConfig { instance, hostname, args, network, authorized_keys, root_password_hash: _, machine_id: _, ssh_host_keys: _, files } = config;
+    let InstanceConfig { instance, hostname, args, network, authorized_keys, root_password_hash: _, machine_id: _, ssh_host_keys: _, files, setup } =
+        config;
     let users: Map<String, Value> = authorized_keys.iter().map(|keys| (keys.user.clone(), keys.keys.len().into())).collect();
     json!({
         "instance": instance.as_str(),
@@ -66,6 +67,7 @@ pub fn document(config: &InstanceConfig, secret_args: &BTreeSet<String>) -> Valu
         "args": redacted(args, secret_args),
         "network": network.as_ref().map(network_value),
         "authorized_key_counts": users,
+        "users": setup.users.iter().map(|user| user.name.as_str()).collect::<Vec<_>>(),
         "files": files.iter().map(|file| file.path.to_string()).collect::<Vec<_>>(),
     })
 }

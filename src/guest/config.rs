@@ -6,7 +6,10 @@ use std::{fmt, net::IpAddr};
 use serde_json::{Map, Value};
 
 pub use crate::guest::network::links::{Bond, BondMode, Bridge, HashPolicy, LacpRate, LinkKind, RouteKind, Vlan};
-use crate::names::{GuestPath, Hostname, InstanceName, InterfaceName, MacAddr};
+use crate::{
+    guest::setup::GuestSetup,
+    names::{GuestPath, Hostname, InstanceName, InterfaceName, MacAddr},
+};
 
 /// Everything an instance is told about itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +32,8 @@ pub struct InstanceConfig {
     pub ssh_host_keys: HostKeys,
     /// Further files to write.
     pub files: Vec<InjectedFile>,
+    /// Users and login.
+    pub setup: GuestSetup,
 }
 
 /// What happens to the SSH host keys of the image.

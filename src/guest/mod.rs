@@ -9,7 +9,7 @@
 //!  config ─┼─▶ hostname     /etc/hostname, /etc/hosts
 //!  identity┘   machine_id   /etc/machine-id
 //!              ssh          host keys from the identity's seed
-//!              users        authorized keys, root's password hash
+//!              accounts     users, root's password and login, authorized keys, sudo
 //!              network      one back-end's files, names by MAC, resolv.conf; what would shadow them is removed
 //!              fstab        the root line, and those of further devices
 //!              files        what the caller wants besides
@@ -24,6 +24,7 @@
 //! - The modes of injected files: host keys, netplan, NetworkManager profiles, authorized_keys 0600; `.ssh` 0700; shadow as the image has it but
 //!   never readable by others; machine-id 0444; the rest 0644 (failures.md 19).
 
+pub mod accounts;
 pub mod applied;
 pub mod config;
 pub mod decode;
@@ -38,9 +39,9 @@ pub mod plan;
 pub mod report;
 pub mod resolv;
 pub mod scrub;
+pub mod setup;
 pub mod ssh;
 pub mod tree;
-pub mod users;
 pub mod validate;
 pub mod watch;
 
@@ -94,7 +95,7 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     let machine_id = config.machine_id.clone().unwrap_or_else(|| identity.machine_id_hex());
     machine_id::write_machine_id(&mut plan, facts, &machine_id)?;
     let ssh_host_keys = ssh::write_host_keys(&mut plan, facts, config, identity, hostname.as_ref().map(|name| name.as_str()))?;
-    users::write_accounts(&mut plan, facts, config)?;
+    let users = accounts::write_accounts(&mut plan, facts, config, now)?;
     let network = match &config.network {
         Some(network) => Some(network::apply(&mut plan, facts, network, identity)?),
         None => {
@@ -112,7 +113,7 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     applied::write_applied_config(&mut plan, config, secret_args, &machine_id, now)?;
     let (edits, changes, notes, warnings) = plan.finish();
     let hostname = hostname.map(|name| name.to_string());
-    Ok(Injection { edits, report: Report { hostname, machine_id, network, ssh_host_keys, changes, notes, warnings } })
+    Ok(Injection { edits, report: Report { hostname, machine_id, network, ssh_host_keys, users, changes, notes, warnings } })
 }
 
 /// Files that are written without SELinux labels can't be read by confined services when the guest enforces. Labels are a property of the guest's

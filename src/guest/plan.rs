@@ -45,6 +45,11 @@ impl<'a> Plan<'a> {
         self.claimed.iter().find(|(claimed, _)| *claimed == path).map(|(_, who)| *who)
     }
 
+    /// Whether an edit that is planned so far makes something at `path`.
+    pub fn writes_to(&self, path: &str) -> bool {
+        self.writes.iter().any(|edit| edit.path.display() == path)
+    }
+
     /// The claimed paths, canonical.
     pub fn claimed(&self) -> impl Iterator<Item = &str> {
         self.claimed.iter().map(|(path, _)| path.as_str())

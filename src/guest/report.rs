@@ -19,6 +19,8 @@ pub struct Report {
     pub network: Option<NetworkReport>,
     /// The SSH host keys that were made.
     pub ssh_host_keys: Vec<HostKeyReport>,
+    /// Users that were made or changed.
+    pub users: Vec<UserReport>,
     /// Every change in order.
     pub changes: Vec<Change>,
     /// What was left to somebody else, and what to know about the result; nothing to act on.
@@ -67,6 +69,27 @@ pub struct HostKeyReport {
     pub fingerprint: String,
     /// A line for known_hosts with all names and static addresses of the instance.
     pub known_hosts: String,
+}
+
+/// One user that was made or changed. Never a hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct UserReport {
+    /// Login name.
+    pub name: String,
+    /// Numeric id.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// Home.
+    pub home: String,
+    /// Login shell.
+    pub shell: String,
+    /// Whether the image did not have the user.
+    pub created: bool,
+    /// `hash` (one was given), `locked` or `kept`.
+    pub password: &'static str,
+    /// `no`, `password` or `nopasswd`.
+    pub sudo: &'static str,
 }
 
 /// One change of the guest's tree.

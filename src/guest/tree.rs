@@ -27,6 +27,11 @@ pub fn has_systemd(facts: &GuestFacts) -> bool {
     present(facts, "/usr/lib/systemd/systemd")
 }
 
+/// Whether the image's C library is musl.
+pub fn musl(facts: &GuestFacts) -> bool {
+    facts.resolve("/lib").is_some_and(|(lib, _)| facts.children(&lib).any(|(name, _)| name.starts_with("ld-musl-")))
+}
+
 /// Whether udev is there (systemd's or eudev).
 pub fn has_udev(facts: &GuestFacts) -> bool {
     present(facts, "/usr/lib/systemd/systemd-udevd") || present(facts, "/usr/bin/udevadm") || present(facts, "/usr/sbin/udevd")

@@ -13,12 +13,13 @@ use std::{
 use crate::{
     error::{Error, Result, Stage, Violation},
     guest::{
+        accounts::check_crypt_hash,
         config::{Cidr, InstanceConfig, Interface, LinkKind, Network, Route, RouteKind},
         machine_id::check_machine_id,
         network::is_link_local,
         plan::printable,
         resolv::check_resolver,
-        users::check_crypt_hash,
+        setup,
     },
 };
 
@@ -73,6 +74,7 @@ pub fn validate(config: &InstanceConfig) -> Result<()> {
     }
     account_checks(&mut checks, config);
     file_checks(&mut checks, config);
+    setup::check(config, &mut |field, description| checks.add(field, description));
     if let Some(id) = &config.machine_id
         && let Err(why) = check_machine_id(id)
     {

@@ -32,6 +32,8 @@ const LISTED: &[&str] = &[
     "/usr/bin/udevadm",
     "/usr/bin/cloud-init",
     "/usr/sbin/{udevd,sshd,dropbear,netplan,NetworkManager,ifup,dhclient,dhcpcd,udhcpc,resolvconf,wicked,wickedd,netconfig}",
+    "/usr/bin/{bash,sudo,doas}",
+    "/etc/sudoers.d",
     "/usr/bin/{NetworkManager,ifup,dhcpcd,udhcpc}",
     "/usr/libexec/netplan",
     "/usr/lib/netplan",
@@ -68,6 +70,10 @@ const LISTED: &[&str] = &[
 /// Listed with their content.
 const KEPT: &[&str] = &[
     "/etc/{os-release,passwd,shadow,group,hosts,hostname,HOSTNAME,fstab,resolv.conf,machine-id,nsswitch.conf}",
+    "/etc/{gshadow,subuid,subgid,login.defs,shells,sudoers}",
+    "/etc/default/useradd",
+    "/etc/skel/*",
+    "/etc/skel/*/*",
     "/usr/lib/os-release",
     "/etc/conf.d/{hostname,net}",
     "/etc/sysconfig/network",

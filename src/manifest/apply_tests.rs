@@ -12,6 +12,7 @@ fn config(network: Option<Network>) -> InstanceConfig {
         machine_id: None,
         ssh_host_keys: HostKeys::Fresh,
         files: Vec::new(),
+        setup: Default::default(),
     }
 }
 

@@ -57,7 +57,7 @@ pub struct GoldenSpec {
 }
 
 /// Changes whenever the same [`GoldenSpec`] gives other bytes or other facts.
-pub const GOLDEN_FORMAT: u32 = 1;
+pub const GOLDEN_FORMAT: u32 = 2;
 
 impl GoldenSpec {
     /// The golden key: a hash of every field and of [`GOLDEN_FORMAT`].

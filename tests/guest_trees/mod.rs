@@ -221,3 +221,30 @@ pub fn all() -> Vec<(&'static str, GuestFacts)> {
         ("invented-future", invented_future()),
     ]
 }
+
+/// Debian's account files as debootstrap leaves them, shortened, with sudo installed.
+pub fn debian_with_accounts() -> GuestFacts {
+    let mut facts = debian_ifupdown();
+    let texts = [
+        ("/etc/group", "root:x:0:\nadm:x:4:\nsudo:x:27:\nshadow:x:42:\nusers:x:100:\nnogroup:x:65534:\nada:x:1000:\n"),
+        ("/etc/gshadow", "root:*::\nadm:*::\nsudo:*::\nshadow:*::\nusers:*::\nnogroup:*::\nada:!::\n"),
+        ("/etc/subuid", "ada:100000:65536\n"),
+        ("/etc/subgid", "ada:100000:65536\n"),
+        ("/etc/login.defs", "# comment\nUID_MIN\t\t\t 1000\nUID_MAX\t\t\t60000\nUMASK\t\t022\nHOME_MODE\t0700\nUSERGROUPS_ENAB yes\n"),
+        ("/etc/default/useradd", "# Default values\nSHELL=/bin/sh\n# HOME=/srv\n"),
+        ("/etc/shells", "# /etc/shells\n/bin/sh\n/bin/bash\n"),
+        ("/etc/sudoers", "Defaults\tenv_reset\nroot\tALL=(ALL:ALL) ALL\n@includedir /etc/sudoers.d\n"),
+        ("/etc/skel/.profile", "# ~/.profile\n"),
+        ("/etc/skel/.config/app.conf", "a=1\n"),
+        ("/etc/nsswitch.conf", "passwd:         files\ngroup:          files\n"),
+    ];
+    for (path, text) in texts {
+        put(&mut facts, path, &Text(text));
+    }
+    own(&mut facts, "/etc/gshadow", 0o640, 0, 42);
+    for path in ["/usr/bin/sudo", "/usr/bin/bash", "/bin/sh"] {
+        put(&mut facts, path, &Present);
+    }
+    facts.nodes.remove("/bin/sh");
+    facts
+}

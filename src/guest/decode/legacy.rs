@@ -52,6 +52,7 @@ pub(super) fn decode(root: Cursor<'_>, instance: Option<&InstanceName>) -> Resul
         machine_id: None,
         ssh_host_keys: Default::default(),
         files: Vec::new(),
+        setup: Default::default(),
     };
     let mut notes: Vec<String> =
         notes.into_iter().map(|field| format!("{field} has no meaning in a configuration of the 2010 form and is ignored")).collect();

@@ -23,7 +23,10 @@
 //!   },
 //!   "authorized_keys": {"root": ["ssh-ed25519 AAAA… me"]},
 //!   "root_password_hash": "$6$…", "machine_id": "…", "ssh_host_keys": "fresh",
-//!   "files": [{"path": "/etc/motd", "content": "hi\n", "mode": "0644", "uid": 0, "gid": 0}]
+//!   "files": [{"path": "/etc/motd", "content": "hi\n", "mode": "0644", "uid": 0, "gid": 0}],
+//!   "users": [{"name": "ada", "uid": 1000, "full_name": "Ada L", "home": "/home/ada", "shell": "/bin/bash", "groups": ["adm"], "sudo": "nopasswd",
+//!              "password_hash": "$6$…"}, {"name": "bob", "lock_password": true}],
+//!   "root_login": "keys-only"
 //! }
 //! ```
 //!
@@ -36,6 +39,7 @@ mod cursor;
 mod document;
 mod legacy;
 mod network;
+mod setup;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde_json::{Map, Value};
@@ -113,6 +117,7 @@ fn ours(root: Cursor<'_>, instance: Option<&InstanceName>) -> Result<InstanceCon
         machine_id: fields.optional("machine_id", |cursor| Ok(cursor.text()?.to_owned()))?,
         ssh_host_keys: fields.optional("ssh_host_keys", host_keys)?.unwrap_or_default(),
         files: fields.optional("files", |cursor| cursor.list(file))?.unwrap_or_default(),
+        setup: setup::setup(&mut fields)?,
     };
     fields.finish()?;
     Ok(config)

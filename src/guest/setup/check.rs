@@ -1,0 +1,91 @@
+//! Checks of a [`super::GuestSetup`] that need no image. Every value here ends up in a file with a syntax of its own: what could end a field, a
+//! line or a word there is refused.
+
+use super::{Password, RootLogin, Sudo, UserSetup};
+use crate::guest::{
+    accounts::check_crypt_hash,
+    config::InstanceConfig,
+    validate::{USERS_MAX, check_user},
+};
+
+/// Groups of one user.
+const GROUPS_MAX: usize = 64;
+/// Bytes of a name in a comment field.
+const FULL_NAME_MAX: usize = 256;
+
+/// Tells `add` every violation: field and description.
+pub(crate) fn check(config: &InstanceConfig, add: &mut dyn FnMut(String, String)) {
+    let setup = &config.setup;
+    if setup.users.len() > USERS_MAX {
+        add("users".into(), format!("has {} entries, the limit is {USERS_MAX}", setup.users.len()));
+    }
+    for (index, user) in setup.users.iter().enumerate() {
+        let field = format!("users[{index}]");
+        if setup.users[..index].iter().any(|earlier| earlier.name == user.name) {
+            add(format!("{field}.name"), format!("{:?} is given twice", user.name));
+        }
+        if user.name == "root" && user.password != Password::Keep && config.root_password_hash.is_some() {
+            add(format!("{field}.password_hash"), "root's password is given in root_password_hash too".into());
+        }
+        check_account(&field, user, add);
+    }
+    if setup.root_login == RootLogin::No {
+        if config.root_password_hash.is_some() {
+            add("root_password_hash".into(), "is of no use: root_login is \"no\"".into());
+        }
+        if config.authorized_keys.iter().any(|keys| keys.user == "root" && !keys.keys.is_empty()) {
+            add("authorized_keys.root".into(), "are of no use: root_login is \"no\"".into());
+        }
+    }
+}
+
+fn check_account(field: &str, user: &UserSetup, add: &mut dyn FnMut(String, String)) {
+    if let Err(why) = check_new_user(&user.name) {
+        add(format!("{field}.name"), why);
+    }
+    // -1 means "no change" to chown(2), and 65534 is the overflow id.
+    if user.uid.is_some_and(|uid| matches!(uid, u32::MAX | 65_534 | 65_535) || (uid == 0) != (user.name == "root")) {
+        add(format!("{field}.uid"), "must not be 0 (root's), 65534, 65535 or 4294967295".into());
+    }
+    if let Some(name) = &user.full_name
+        && (name.len() > FULL_NAME_MAX || name.contains([':', ',', '\\']) || name.chars().any(char::is_control))
+    {
+        add(format!("{field}.full_name"), format!("must have at most {FULL_NAME_MAX} bytes, without ':', ',', '\\' and control characters"));
+    }
+    for (name, path) in [("home", &user.home), ("shell", &user.shell)] {
+        let Some(path) = path else { continue };
+        let text = path.display();
+        if path.is_root()
+            || text.len() > 255
+            || text.chars().any(|c| c.is_control() || c.is_whitespace() || c == ':' || c == char::REPLACEMENT_CHARACTER)
+        {
+            add(format!("{field}.{name}"), "must be a path of at most 255 bytes without ':', white space and control characters".into());
+        }
+    }
+    if user.groups.len() > GROUPS_MAX {
+        add(format!("{field}.groups"), format!("has {} entries, the limit is {GROUPS_MAX}", user.groups.len()));
+    }
+    for (index, group) in user.groups.iter().enumerate() {
+        if let Err(why) = check_user(group) {
+            add(format!("{field}.groups[{index}]"), why.replace("user name", "group name"));
+        }
+    }
+    if let Password::Hash(hash) = &user.password {
+        let text = std::str::from_utf8(hash.expose()).map_err(|_| "is not text".to_owned());
+        if let Err(why) = text.and_then(check_crypt_hash) {
+            add(format!("{field}.password_hash"), why);
+        }
+    }
+    if user.sudo != Sudo::No && (user.name.contains('$') || user.name == "ALL" || user.name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')) {
+        add(format!("{field}.sudo"), "the name would be an alias in sudoers(5): it has no lower-case letter, or a '$'".into());
+    }
+}
+
+/// A name that useradd(8) would make: a letter or `_` first, and no `$`. Names with digits only are taken for ids by many tools.
+fn check_new_user(name: &str) -> Result<(), String> {
+    check_user(name)?;
+    if name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && !name.contains('$') && !name.ends_with('.') {
+        return Ok(());
+    }
+    Err(format!("{name:?} is not a name for a user: the first character must be a letter or '_', and '$' is not taken"))
+}

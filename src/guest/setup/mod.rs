@@ -1,0 +1,125 @@
+//! What an instance is asked to be beyond name, keys, files and network: accounts and who may log in. The default asks for nothing.
+//!
+//! The words of each enum are the same in JSON documents, in the protocol and in messages; [`std::str::FromStr`] is their one reader.
+
+mod check;
+
+use std::str::FromStr;
+
+pub(crate) use check::check;
+
+use crate::{guest::config::Secret, names::GuestPath};
+
+/// All of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct GuestSetup {
+    /// Users to make, or to change where the image has them, in order.
+    pub users: Vec<UserSetup>,
+    /// How root may log in.
+    pub root_login: RootLogin,
+}
+
+/// One user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserSetup {
+    /// Login name.
+    pub name: String,
+    /// Numeric id; the image's next free one by its login.defs when not given. A user that exists keeps its own, which must be this one.
+    pub uid: Option<u32>,
+    /// Whole name, for the comment field; no `:`, `,` or control characters.
+    pub full_name: Option<String>,
+    /// Home; `/home/NAME` (or below what the image's useradd defaults say) when not given. Only for users that are made.
+    pub home: Option<GuestPath>,
+    /// Login shell; what the image's useradd defaults say when not given.
+    pub shell: Option<GuestPath>,
+    /// Supplementary groups, which the image must have.
+    pub groups: Vec<String>,
+    /// Whether the user may become root.
+    pub sudo: Sudo,
+    /// What happens to the password.
+    pub password: Password,
+}
+
+impl UserSetup {
+    /// A user of whom only the name is given.
+    pub fn named(name: &str) -> Self {
+        UserSetup {
+            name: name.to_owned(),
+            uid: None,
+            full_name: None,
+            home: None,
+            shell: None,
+            groups: Vec::new(),
+            sudo: Sudo::No,
+            password: Password::Keep,
+        }
+    }
+}
+
+/// A user's password field in shadow(5).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Password {
+    /// As the image has it; a user that is made has none that matches.
+    #[default]
+    Keep,
+    /// A crypt(5) hash.
+    Hash(Secret),
+    /// No password matches; keys do.
+    Locked,
+}
+
+/// Whether a user may become root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sudo {
+    /// As the image has it.
+    #[default]
+    No,
+    /// With the user's password.
+    WithPassword,
+    /// Without being asked.
+    WithoutPassword,
+}
+
+/// How root may log in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RootLogin {
+    /// As the image has it.
+    #[default]
+    Image,
+    /// Over SSH with a key only; on a console with the password, if there is one.
+    KeysOnly,
+    /// Over SSH with the password too.
+    Password,
+    /// Not at all: no password matches, SSH refuses root, the image's authorized keys of root are removed.
+    No,
+}
+
+/// Makes [`FromStr`] and the list of words of an enum.
+macro_rules! words {
+    ($type:ty, $($word:literal => $value:expr),+ $(,)?) => {
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($word => Ok($value),)+
+                    other => Err(format!("{:?} is not one of {}", other.chars().take(32).collect::<String>(), [$($word),+].join(", "))),
+                }
+            }
+        }
+    };
+}
+
+words!(Sudo, "no" => Sudo::No, "password" => Sudo::WithPassword, "nopasswd" => Sudo::WithoutPassword);
+words!(RootLogin, "image" => RootLogin::Image, "keys-only" => RootLogin::KeysOnly, "password" => RootLogin::Password, "no" => RootLogin::No);
+
+impl Sudo {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Sudo::No => "no",
+            Sudo::WithPassword => "password",
+            Sudo::WithoutPassword => "nopasswd",
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Accounts, identity and first boot on hand-made trees: what is written for whom, what is refused, what stays byte for byte.
+
+mod guest_trees;
+
+use std::collections::BTreeSet;
+
+use cloudletd::{
+    error::Error,
+    fs::edit::{Edit, EditOp},
+    guest::{Injection, Inputs, config::Secret, decode, facts::GuestFacts, identity::Identity, inject},
+    names::InstanceName,
+    units::Timestamp,
+};
+use guest_trees::{Is, put};
+use serde_json::{Value, json};
+
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ me@example";
+const HASH: &str = "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/";
+
+fn try_with(facts: &GuestFacts, document: &Value) -> Result<Injection, Error> {
+    let instance: InstanceName = "web1".parse().expect("name");
+    let config = decode::from_value(document, Some(&instance))?.config;
+    let identity = Identity::derive(&uuid::Uuid::from_u128(1), &instance, Secret::new(vec![7; 32])).expect("identity");
+    let none = BTreeSet::new();
+    let now = Timestamp { secs: 20_000 * 86_400, nanos: 0 };
+    inject(&Inputs { facts, config: &config, identity: &identity, claimed: &none, secret_args: &none, fstab_root: None, now })
+}
+
+#[track_caller]
+fn with(facts: &GuestFacts, document: Value) -> Injection {
+    try_with(facts, &document).expect("injects")
+}
+
+fn edit<'a>(injection: &'a Injection, path: &str) -> Option<&'a Edit> {
+    injection.edits.iter().rfind(|edit| edit.path.to_string() == path)
+}
+
+#[track_caller]
+fn file<'a>(injection: &'a Injection, path: &str) -> (&'a str, u16, u32, u32) {
+    match edit(injection, path).map(|edit| &edit.op) {
+        Some(EditOp::WriteFile { content, attrs }) => (std::str::from_utf8(content).expect("text"), attrs.mode, attrs.uid, attrs.gid),
+        _ => panic!("{path} is not written: {:?}", injection.edits),
+    }
+}
+
+#[track_caller]
+fn text<'a>(injection: &'a Injection, path: &str) -> &'a str {
+    file(injection, path).0
+}
+
+fn removed(injection: &Injection, path: &str) -> bool {
+    edit(injection, path).is_some_and(|edit| edit.op == EditOp::Remove)
+}
+
+fn bob() -> Value {
+    json!({"name": "bob", "full_name": "Bob B", "groups": ["adm", "sudo"], "sudo": "nopasswd", "password_hash": HASH})
+}
+
+#[test]
+fn a_user_is_made_in_all_account_files_with_home_skeleton_keys_and_sudo() {
+    let injection = with(&guest_trees::debian_with_accounts(), json!({"users": [bob()], "authorized_keys": {"bob": [KEY]}}));
+    assert!(text(&injection, "/etc/passwd").ends_with("\nbob:x:1001:1001:Bob B:/home/bob:/bin/bash\n"));
+    assert!(text(&injection, "/etc/shadow").ends_with(&format!("\nbob:{HASH}:20000:0:99999:7:::\n")));
+    assert_eq!(
+        text(&injection, "/etc/group"),
+        "root:x:0:\nadm:x:4:bob\nsudo:x:27:bob\nshadow:x:42:\nusers:x:100:\nnogroup:x:65534:\nada:x:1000:\nbob:x:1001:\n"
+    );
+    assert!(text(&injection, "/etc/gshadow").contains("adm:*::bob\nsudo:*::bob\n") && text(&injection, "/etc/gshadow").ends_with("bob:!::\n"));
+    assert_eq!(text(&injection, "/etc/subuid"), "ada:100000:65536\nbob:165536:65536\n");
+    assert_eq!(file(&injection, "/etc/gshadow").1, 0o640);
+    assert_eq!(file(&injection, "/etc/sudoers.d/90-cloudlet"), ("# Written by cloudletd.\nbob ALL=(ALL:ALL) NOPASSWD: ALL\n", 0o440, 0, 0));
+    for (path, mode) in [("/home/bob", 0o700), ("/home/bob/.config", 0o755), ("/home/bob/.ssh", 0o700)] {
+        assert!(
+            matches!(&edit(&injection, path).expect("made").op, EditOp::MakeDir { attrs } if (attrs.mode, attrs.uid, attrs.gid) == (mode, 1001, 1001)),
+            "{path}"
+        );
+    }
+    assert_eq!(file(&injection, "/home/bob/.profile"), ("# ~/.profile\n", 0o644, 1001, 1001));
+    assert_eq!(file(&injection, "/home/bob/.config/app.conf"), ("a=1\n", 0o644, 1001, 1001));
+    assert_eq!(file(&injection, "/home/bob/.ssh/authorized_keys").1, 0o600);
+    let user = &injection.report.users[0];
+    assert_eq!((user.uid, user.gid, user.created, user.password, user.sudo), (1001, 1001, true, "hash", "nopasswd"));
+    let told = format!("{injection:?}{}", serde_json::to_string(&injection.report).expect("report"));
+    assert!(!told.contains("qFmFH.bQmm"), "the hash is told");
+}
+
+#[test]
+fn a_user_of_the_image_is_changed_and_keeps_what_is_not_named() {
+    let facts = guest_trees::debian_with_accounts();
+    let injection = with(&facts, json!({"users": [{"name": "ada", "uid": 1000, "groups": ["adm"], "lock_password": true, "shell": "/bin/bash"}]}));
+    assert!(text(&injection, "/etc/passwd").ends_with("ada:x:1000:1000:Ada:/home/ada:/bin/bash\n"));
+    assert!(text(&injection, "/etc/shadow").ends_with("ada:*:19000:0:99999:7:::\n"), "locked so that keys still work without PAM");
+    assert!(edit(&injection, "/etc/subuid").is_none() && edit(&injection, "/home/ada").is_none());
+    let cases = [
+        (json!({"name": "ada", "uid": 7}), "users[0].uid", "USER_EXISTS"),
+        (json!({"name": "ada", "home": "/srv/ada"}), "users[0].home", "USER_EXISTS"),
+        (json!({"name": "bob", "uid": 1000}), "users[0].uid", "UID_TAKEN"),
+        (json!({"name": "bob", "groups": ["adm", "wheel"]}), "users[0].groups[1]", "NO_SUCH_GROUP"),
+        (json!({"name": "bob", "home": "/etc"}), "users[0].home", "USER_WITHOUT_HOME"),
+    ];
+    for (user, field, reason) in cases {
+        let error = try_with(&facts, &json!({"users": [user]})).expect_err("refused");
+        assert_eq!((error.violations()[0].field.as_str(), error.reason()), (field, reason));
+    }
+    let error = try_with(&guest_trees::debian_ifupdown(), &json!({"users": [{"name": "bob", "sudo": "nopasswd"}]})).expect_err("refused");
+    assert_eq!(error.reason(), "NO_SUDO");
+}
+
+#[test]
+fn values_that_would_break_an_account_file_are_refused_in_every_field() {
+    let facts = guest_trees::debian_with_accounts();
+    let hostile = ["a\nroot::0:0:::", "a:b", "a\u{1b}[2J", "a\u{85}", "a\0"];
+    for value in hostile {
+        for field in ["name", "full_name", "home", "shell", "password_hash", "sudo"] {
+            let mut user = bob();
+            let value = if matches!(field, "home" | "shell") { format!("/{value}") } else { value.to_owned() };
+            user[field] = json!(value);
+            assert!(try_with(&facts, &json!({"users": [user]})).is_err(), "{field} {value:?}");
+        }
+        let mut user = bob();
+        user["groups"] = json!([value]);
+        assert!(try_with(&facts, &json!({"users": [user]})).is_err(), "group {value:?}");
+    }
+    for name in ["", "-x", "1000", "%wheel", "ALL", "a b", "a,b", "#0", "é", "bob$", "+", &"x".repeat(33)] {
+        let mut user = bob();
+        user["name"] = json!(name);
+        assert!(try_with(&facts, &json!({"users": [user]})).is_err(), "{name:?}");
+    }
+    assert!(try_with(&facts, &json!({"users": [bob(), bob()]})).is_err(), "twice");
+    assert!(try_with(&facts, &json!({"users": [{"name": "bob", "uid": 0}]})).is_err(), "a second root");
+}
+
+#[test]
+fn images_without_shadow_suite_files_and_with_doas_are_served() {
+    let mut facts = guest_trees::alpine_ifupdown_ng();
+    put(&mut facts, "/etc/group", &Is::Text("root:x:0:root\nwheel:x:10:root\n"));
+    put(&mut facts, "/usr/bin/doas", &Is::Present);
+    let injection = with(&facts, json!({"users": [{"name": "bob", "sudo": "password", "groups": ["wheel"]}]}));
+    assert!(text(&injection, "/etc/passwd").ends_with("bob:x:1001:1001::/home/bob:/bin/sh\n"));
+    assert!(text(&injection, "/etc/shadow").ends_with("bob:*:20000:0:99999:7:::\n"));
+    assert_eq!(text(&injection, "/etc/group"), "root:x:0:root\nwheel:x:10:root,bob\nbob:x:1001:\n");
+    assert!(edit(&injection, "/etc/gshadow").is_none() && edit(&injection, "/etc/subuid").is_none());
+    assert_eq!(text(&injection, "/etc/doas.d/90-cloudlet.conf"), "# Written by cloudletd.\npermit persist bob\n");
+    assert!(injection.report.warnings.iter().any(|warning| warning.contains("has none")), "{:?}", injection.report.warnings);
+}
+
+#[test]
+fn roots_login_policy_comes_before_what_the_image_says() {
+    let drop_in = "/etc/ssh/sshd_config.d/00-cloudlet.conf";
+    let debian = guest_trees::debian_with_accounts();
+    let injection = with(&debian, json!({"root_login": "keys-only"}));
+    assert_eq!(text(&injection, drop_in), "# Written by cloudletd.\nPermitRootLogin prohibit-password\n");
+    assert!(edit(&injection, "/etc/shadow").is_none());
+    let mut facts = debian.clone();
+    put(&mut facts, "/root/.ssh/authorized_keys", &Is::Present);
+    put(&mut facts, "/etc/shadow", &Is::Text("root:$6$x$y:19000:0:99999:7:::\n"));
+    put(
+        &mut facts,
+        "/etc/ssh/sshd_config",
+        &Is::Text("PermitRootLogin yes\nInclude /etc/ssh/sshd_config.d/*.conf\nMatch User x\nPermitRootLogin yes\n"),
+    );
+    let injection = with(&facts, json!({"root_login": "no"}));
+    assert!(text(&injection, "/etc/ssh/sshd_config").starts_with("# Written by cloudletd.\nPermitRootLogin no\nPermitRootLogin yes\n"));
+    assert_eq!(text(&injection, "/etc/shadow"), "root:*:19000:0:99999:7:::\n");
+    assert!(removed(&injection, "/root/.ssh/authorized_keys") && injection.report.warnings.iter().any(|warning| warning.contains("Match")));
+    for document in [json!({"root_login": "no", "root_password_hash": HASH}), json!({"root_login": "no", "authorized_keys": {"root": [KEY]}})] {
+        assert!(try_with(&facts, &document).is_err());
+    }
+    assert!(edit(&with(&debian, json!({})), drop_in).is_none(), "nothing is asked, nothing is written");
+}
