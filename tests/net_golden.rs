@@ -6,6 +6,7 @@ mod guest_trees;
 use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path};
 
 use cloudletd::{
+    error::Kind,
     fs::edit::EditOp,
     guest::{Inputs, config::Secret, decode, facts::GuestFacts, identity::Identity, inject},
     names::InstanceName,
@@ -23,10 +24,17 @@ fn account(facts: &GuestFacts, document: &[u8]) -> String {
     let none = BTreeSet::new();
     let now = Timestamp { secs: 1_700_000_000, nanos: 0 };
     let inputs = Inputs { facts, config: &config, identity: &identity, claimed: &none, secret_args: &none, fstab_root: None, now };
-    let injection = inject(&inputs).expect("injects");
     let mut text = String::new();
+    let injection = match inject(&inputs) {
+        Ok(injection) => injection,
+        Err(error) if error.kind() == Kind::Unsupported => return format!("refused ({}): {}\n", error.reason(), error.message()),
+        Err(error) => panic!("{}", error.chain()),
+    };
     let network = injection.report.network.expect("every case has a network");
     let _ = writeln!(text, "backend: {}\nwhy: {}\nresolv.conf: {}", network.backend, network.why, network.resolv_conf);
+    for argument in &network.kernel_arguments {
+        let _ = writeln!(text, "kernel argument: {argument}");
+    }
     for edit in &injection.edits {
         let path = edit.path.to_string();
         if OTHER_TOPICS.iter().any(|other| path.starts_with(other)) {

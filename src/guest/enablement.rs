@@ -73,7 +73,8 @@ pub fn init_script_links(facts: &GuestFacts, service: &str) -> Vec<String> {
         }
     }
     for level in ["S", "2", "3", "4", "5"] {
-        let directory = format!("/etc/rc{level}.d");
+        // Red Hat's are links into /etc/rc.d.
+        let Some((directory, _)) = facts.resolve(&format!("/etc/rc{level}.d")) else { continue };
         links.extend(facts.children(&directory).filter(|(name, _)| is_start_link(name, service)).map(|(name, _)| format!("{directory}/{name}")));
     }
     links

@@ -51,6 +51,7 @@ const LISTED: &[&str] = &[
     "/etc/init.d/*",
     "/etc/runlevels/*/*",
     "/etc/rc?.d/*",
+    "/etc/rc.d/{init.d,rc?.d}/*",
     // The places of accounts.
     "/root/.ssh/authorized_keys",
     "/home/*/.ssh/authorized_keys",

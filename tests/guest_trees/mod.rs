@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+mod distributions;
+
 use cloudletd::guest::facts::{GuestFacts, Node, NodeKind};
 
 /// What a line of a tree is.
@@ -211,7 +213,7 @@ pub fn invented_future() -> GuestFacts {
 
 /// All trees with their names.
 pub fn all() -> Vec<(&'static str, GuestFacts)> {
-    vec![
+    let mut all = vec![
         ("debian-ifupdown", debian_ifupdown()),
         ("ubuntu-netplan", ubuntu_netplan()),
         ("fedora-network-manager", fedora_network_manager()),
@@ -219,7 +221,9 @@ pub fn all() -> Vec<(&'static str, GuestFacts)> {
         ("alpine-ifupdown-ng", alpine_ifupdown_ng()),
         ("alpine-busybox", alpine_busybox()),
         ("invented-future", invented_future()),
-    ]
+    ];
+    all.extend(distributions::all());
+    all
 }
 
 /// Debian's account files as debootstrap leaves them, shortened, with sudo installed.
