@@ -115,7 +115,8 @@ fn build(tarball: &Path, directory: &Path, size: Bytes, keep: bool) -> Result<se
     }
     fs::create_dir(&golden)?;
     let begun = Instant::now();
-    let built = build_disk(&golden, tarball, Some(compression(tarball)?), &spec, &Progress::default())?;
+    let built =
+        build_disk(&golden, tarball, Some(compression(tarball)?), &spec, &Arc::new(cloudletd::target::Pacer::default()), &Progress::default())?;
     let total = ms(begun);
     if !keep {
         fs::remove_dir_all(&golden)?;

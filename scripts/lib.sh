@@ -57,3 +57,16 @@ volume_ref() {
     [[ $1 == */* ]] || die "$1 is not POOL/VOLUME"
     jq --null-input --compact-output --arg pool "${1%%/*}" --arg name "${1#*/}" '{pool: $pool, name: $name}'
 }
+
+# A size such as 20G in bytes.
+bytes() { # SIZE
+    numfmt --from=iec -- "${1^^}" || die "$1 is not a size (see --help)"
+}
+
+# A list of devices, JSON, with one more.
+with_device() { # LIST ROLE:SIZE[:MOUNT] PERSISTENT
+    local role size mount
+    IFS=: read -r role size mount <<<"$2"
+    jq --arg role "DEVICE_ROLE_${role^^}" --arg size "$(bytes "$size")" --arg mount "$mount" --argjson persistent "$3" \
+        '. + [{role: $role, sizeBytes: $size, mount: $mount, persistent: $persistent}]' <<<"$1"
+}

@@ -21,26 +21,13 @@ source "$here/lib.sh"
 
 file="" image="" instance="" pool=default volume="" format=unspecified config="" overwrite=false wait=yes key="" size=0 replace=false devices="[]"
 
-bytes() { # SIZE -> bytes
-    numfmt --from=iec -- "${1^^}" || die "$1 is not a size (see --help)"
-}
-
-device() { # ROLE SIZE MOUNT PERSISTENT: adds a device
-    devices=$(jq --arg role "DEVICE_ROLE_${1^^}" --arg size "$2" --arg mount "$3" --argjson persistent "$4" \
-        '. + [{role: $role, sizeBytes: $size, mount: $mount, persistent: $persistent}]' <<<"$devices")
-}
-
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --help) help ;;
         --image | --instance | --pool | --volume | --format | --config | --key) declare "${1#--}=${2:?}"; shift ;;
         --size) size=$(bytes "${2:?}"); shift ;;
-        --device)
-            IFS=: read -r role device_size mount <<<"${2:?}"
-            device "$role" "$(bytes "$device_size")" "$mount" false
-            shift
-            ;;
-        --persistent) device data "$(bytes "${2:?}")" "" true; shift ;;
+        --device) devices=$(with_device "$devices" "${2:?}" false); shift ;;
+        --persistent) devices=$(with_device "$devices" "data:${2:?}" true); shift ;;
         --replace) replace=true ;;
         --overwrite) overwrite=true ;;
         --no-wait) wait=no ;;

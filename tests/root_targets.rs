@@ -12,8 +12,9 @@ use cloudletd::{
     error::Kind,
     fs::patch::BlockPatch,
     host::loops::{self, LoopDevice, Options},
+    names::VolumeName,
     progress::Progress,
-    target::{Place, Pool, VolumeFormat, VolumePlan, Wanted, target_for},
+    target::{Place, Pool, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
 };
 use proptest::prelude::*;
 use target_kit::{Kit, MIB, make_patch, render, text, tool};
@@ -343,4 +344,50 @@ fn a_flipped_byte_is_noticed_by_the_judge() {
     drop(file);
     let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| judge(&kit, &volume.path, VolumeFormat::Raw, &patch)));
     assert!(failed.is_err());
+}
+
+#[test]
+fn a_file_is_replaced_at_once_when_nobody_uses_it_and_not_at_all_otherwise() {
+    let kit = Kit::new(16 * MIB);
+    for (format, image) in [(VolumeFormat::Raw, "raw"), (VolumeFormat::Qcow2, "qcow2"), (VolumeFormat::Qcow2Overlay, "qcow2")] {
+        let name: VolumeName = format!("again-{}", format.name()).parse().expect("valid");
+        let stage = |byte: u8, replace: Option<&Volume>| {
+            let mut patch = BlockPatch::new(kit.golden.size_bytes);
+            patch.insert(3, vec![byte; 4096].into());
+            let plan = VolumePlan { replace, ..VolumePlan::new(&kit.pool, &name, &kit.golden, &patch, "r-again") };
+            target_for(format).stage(&plan, &Progress::default())
+        };
+        let first = stage(1, None).and_then(|staged| staged.publish()).expect("published");
+        assert_eq!(stage(2, None).err().expect("taken").reason(), "VOLUME_EXISTS");
+        let shown = |volume: &Volume| {
+            let out = kit.directory.path().join("shown.raw");
+            tool("qemu-img", &["convert", "-f", image, "-O", "raw", volume.path.to_str().expect("text"), out.to_str().expect("text")]);
+            std::fs::read(&out).expect("read")[3 * 4096]
+        };
+        // What is staged and dropped leaves the old one.
+        drop(stage(3, Some(&first)).expect("staged"));
+        assert_eq!(shown(&first), 1);
+        // A process that has it as a guest's disk would: QEMU's own locks.
+        let staged = stage(4, Some(&first)).expect("staged");
+        let path = first.path.to_str().expect("text").to_owned();
+        let mut holder = std::process::Command::new("qemu-io")
+            .args(["-f", image, &path])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("qemu-io is needed by this test (Debian package qemu-utils)");
+        let begun = std::time::Instant::now();
+        while target_for(format).check(&Wanted { replace: Some(&first), ..Wanted::new(&kit.pool, &name, kit.golden.size_bytes, 0) }).is_ok() {
+            assert!(begun.elapsed().as_secs() < 20, "the holder is not seen");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        assert_eq!(staged.publish().expect_err("in use").reason(), "VOLUME_IN_USE");
+        assert_eq!(stage(5, Some(&first)).err().expect("in use").reason(), "VOLUME_IN_USE");
+        holder.kill().expect("killed");
+        holder.wait().expect("gone");
+        assert_eq!(shown(&first), 1, "the old volume is untouched");
+        let second = stage(6, Some(&first)).and_then(|staged| staged.publish()).expect("replaced");
+        assert_eq!((shown(&second), &second.path), (6, &first.path));
+        target_for(format).delete(&kit.pool, &second).expect("deleted");
+    }
 }

@@ -31,7 +31,7 @@ use crate::{
         records::{GoldenRecord, GoldenSpec},
         sync_dir,
     },
-    target::GoldenDisk,
+    target::{GoldenDisk, Pacer},
     tree::{
         archive,
         collect::Collector,
@@ -120,7 +120,7 @@ impl Engine {
             // The flight is held until the golden can be found, even if whoever awaits this goes away.
             let _flight = flight;
             let begun = std::time::Instant::now();
-            let record = build(&engine.store, &fetched, &progress)?;
+            let record = build(&engine.store, &fetched, &engine.pacer, &progress)?;
             tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
             engine.store.catalog.put_golden(record)?;
             let loaded = engine.load_golden(key)?.ok_or_else(|| Error::internal(Stage::Golden, key.hex(), "was built and is not there"))?;
@@ -218,13 +218,13 @@ fn build_size(fetched: &Fetched) -> Result<u64> {
 }
 
 /// Builds a golden in the store and gives its row. On an error nothing is left.
-fn build(store: &Store, fetched: &Fetched, progress: &Progress) -> Result<GoldenRecord> {
+fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progress) -> Result<GoldenRecord> {
     let spec = &fetched.golden;
     let key = spec.key();
     let tmp = store.tmp().join(format!("golden-{}-{}", key.hex(), Uuid::new_v4().simple()));
     fs::create_dir(&tmp).map_err(|error| Error::io(Stage::Golden, tmp.display().to_string(), "make the build's directory", error))?;
     let declared = fetched.resolved.image.compression();
-    let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, progress)).and_then(|built| {
+    let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, pacer, progress)).and_then(|built| {
         publish(store, &tmp, &key)?;
         Ok(built)
     });
@@ -248,6 +248,22 @@ fn build(store: &Store, fetched: &Fetched, progress: &Progress) -> Result<Golden
     }
 }
 
+/// Shows writes to an observer and holds the writing thread back, so that the next ones come no faster than they may. Writes go through the page cache, so
+/// the kernel's threads do the I/O: a priority of this one would mean nothing.
+struct Paced {
+    observer: Arc<Follower>,
+    pacer: Arc<Pacer>,
+    progress: Progress,
+}
+
+impl WriteObserver for Paced {
+    fn written(&self, offset: u64, bytes: &[u8]) {
+        self.observer.written(offset, bytes);
+        // A cancelled build is stopped by the one who writes.
+        let _ = self.pacer.take(bytes.len() as u64, &self.progress);
+    }
+}
+
 /// What [`build_disk`] made.
 #[derive(Debug)]
 pub struct BuiltDisk {
@@ -261,7 +277,14 @@ pub struct BuiltDisk {
 
 /// Makes `disk.raw` and `facts.json` in the directory `dir` from the tarball `blob`, both durable when this returns. `declared` is how the tarball is said to be
 /// compressed; the bytes decide when nobody said. On an error unfinished files stay behind in `dir`.
-pub fn build_disk(dir: &Path, blob: &Path, declared: Option<Compression>, spec: &GoldenSpec, progress: &Progress) -> Result<BuiltDisk> {
+pub fn build_disk(
+    dir: &Path,
+    blob: &Path,
+    declared: Option<Compression>,
+    spec: &GoldenSpec,
+    pacer: &Arc<Pacer>,
+    progress: &Progress,
+) -> Result<BuiltDisk> {
     let key = spec.key();
     let path = dir.join("disk.raw");
     let failed = |doing: &'static str| {
@@ -286,7 +309,7 @@ pub fn build_disk(dir: &Path, blob: &Path, declared: Option<Compression>, spec: 
     };
     let mut builder = filesystem(spec.filesystem).builder(&params, region, progress)?;
     let follower = Arc::new(Follower::new(spec.size_bytes));
-    builder.observe(Arc::clone(&follower) as Arc<dyn WriteObserver>);
+    builder.observe(Arc::new(Paced { observer: Arc::clone(&follower), pacer: Arc::clone(pacer), progress: progress.clone() }));
     let facts = stream_tree(blob, declared, spec, progress, &mut *builder)?;
     let filesystem = builder.finish()?;
     plan.write_table(&Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes })?;

@@ -12,7 +12,10 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
     fs::{FsKind, Profile, Region, edit::Edit, patch::BlockPatch},
-    guest::{config::Secret, identity::Identity},
+    guest::{
+        config::{LinkKind, Secret},
+        identity::Identity,
+    },
     mapping::{Backing, Device, Filesystem, GuestIdentity, MAPPING_VERSION, Mapping, Nic, Role},
     names::{Digest, MacAddr, PoolName, VolumeName},
     progress::Progress,
@@ -361,7 +364,8 @@ fn prepare(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, 
 /// The cards of an instance. One whose address nobody gave gets one that is the same whenever the instance is rendered (locally administered, in QEMU's
 /// range).
 fn nics(render: &ResolvedRender, identity: &Identity) -> Vec<Nic> {
-    let interfaces = render.spec.instance.network.iter().flat_map(|network| &network.interfaces);
+    let interfaces =
+        render.spec.instance.network.iter().flat_map(|network| &network.interfaces).filter(|interface| interface.kind == LinkKind::Ethernet);
     let derived = |name: &str| {
         let id = identity.uuid_of(&format!("mac:{name}")).into_bytes();
         MacAddr([0x52, 0x54, 0x00, id[0], id[1], id[2]])

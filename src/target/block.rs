@@ -44,10 +44,7 @@ impl Target for Block {
         wanted.options.check(self.format())?;
         let claim = claim(wanted.pool, wanted.name, Access::Inspect)?;
         refuse_too_small(&claim, wanted.size_bytes)?;
-        if !wanted.overwrite {
-            claim.refuse_signatures()?;
-        }
-        Ok(())
+        check_content(&claim, wanted.overwrite, wanted.replace)
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
@@ -55,9 +52,7 @@ impl Target for Block {
         let golden = extents::open_golden(plan.golden)?;
         let claim = claim(plan.pool, plan.name, Access::Write)?;
         refuse_too_small(&claim, plan.patch.size_bytes())?;
-        if !plan.overwrite {
-            claim.refuse_signatures()?;
-        }
+        check_content(&claim, plan.overwrite, plan.replace)?;
         let object = claim.path().display().to_string();
         let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
         let mut head = vec![0; HEAD_BYTES.min(plan.patch.size_bytes()) as usize];
@@ -231,6 +226,15 @@ fn devices_of(pool: &Pool) -> Result<(&Path, &[String])> {
             Err(Error::new(Kind::InvalidRequest, Stage::Target, pool.name.as_str(), "the pool is a directory; block needs a pool of block devices")
                 .with_reason("POOL_KIND_DIFFERS"))
         }
+    }
+}
+
+/// What is on the device may be overwritten: it is the volume that is replaced, on the device that it was written to, or there is nothing.
+fn check_content(claim: &Claim, overwrite: bool, replace: Option<&Volume>) -> Result<()> {
+    match replace {
+        Some(Volume { pinned: Some(pinned), .. }) => claim.id().require_same(pinned, claim.path()),
+        _ if overwrite => Ok(()),
+        _ => claim.refuse_signatures(),
     }
 }
 

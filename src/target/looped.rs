@@ -40,7 +40,11 @@ impl Target for Looped {
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
-        Ok(Box::new(StagedLoop { file: raw::stage(plan, self.format(), progress)?, pool: plan.pool.clone() }))
+        Ok(Box::new(StagedLoop {
+            file: raw::stage(plan, self.format(), progress)?,
+            pool: plan.pool.clone(),
+            replaced: plan.replace.map(|old| old.path.clone()),
+        }))
     }
 
     fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
@@ -73,6 +77,8 @@ impl Target for Looped {
 struct StagedLoop {
     file: StagedFile,
     pool: Pool,
+    /// The file whose place it takes.
+    replaced: Option<PathBuf>,
 }
 
 impl Staged for StagedLoop {
@@ -85,7 +91,14 @@ impl Staged for StagedLoop {
     }
 
     fn publish(self: Box<Self>) -> Result<Volume> {
-        let StagedLoop { file, pool } = *self;
+        let StagedLoop { file, pool, replaced } = *self;
+        // The devices of the old file would go on showing it after its name is gone.
+        for device in replaced.as_deref().map(loops::find_by_backing).transpose()?.unwrap_or_default() {
+            if let Some(number) = mounts::block_number(&device) {
+                in_use::refuse_device_in_use(&device, number).map_err(|error| error.with_reason("VOLUME_IN_USE"))?;
+            }
+            loops::detach(&device)?;
+        }
         let mut volume = file.publish()?;
         match attach(&volume.path) {
             Ok(device) => volume.device = device,

@@ -3,6 +3,7 @@
 //! ```text
 //!  create  .cloudletd-stage-RENDER-VOLUME   O_EXCL, mode 0600, exclusive flock as long as the stage lives
 //!  publish fsync file ─► renameat2(RENAME_NOREPLACE) (or link + unlink) ─► fsync directory
+//!  replace fsync file ─► old one not in use? ─► rename over it ─► fsync directory
 //!  drop    unlink
 //! ```
 //!
@@ -25,7 +26,7 @@ use rustix::{
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    host::in_use,
+    host::{in_use, loops, mounts},
     names::VolumeName,
     target::{Place, Pool, Staged, Volume, VolumeFormat, VolumePlan, Wanted},
     units::{MIB, PATCH_BLOCK},
@@ -47,6 +48,8 @@ pub(super) struct StagedFile {
     file: File,
     /// Whether the temporary name is still there to be removed.
     armed: bool,
+    /// Whether it takes the place of a published file.
+    replaces: bool,
     volume: Volume,
 }
 
@@ -57,7 +60,7 @@ impl StagedFile {
         let directory_path = directory_of(plan.pool, format)?.to_owned();
         let directory = File::open(&directory_path)
             .map_err(|error| Error::io(Stage::Target, directory_path.display().to_string(), "open the pool's directory", error))?;
-        refuse_taken(&directory_path, plan.name)?;
+        refuse_taken(&directory_path, plan.name, format, plan.replace)?;
         let temporary = format!("{STAGE_PREFIX}{}-{}", plan.render, plan.name.as_str());
         let path = directory_path.join(&temporary);
         let file = create_temporary(&directory, &temporary, &path)?;
@@ -74,7 +77,7 @@ impl StagedFile {
             pinned: None,
             options: plan.options.clone(),
         };
-        Ok(StagedFile { directory, directory_path, temporary, path, file, armed: true, volume })
+        Ok(StagedFile { directory, directory_path, temporary, path, file, armed: true, replaces: plan.replace.is_some(), volume })
     }
 
     /// The file, open for reading and writing.
@@ -120,13 +123,24 @@ impl StagedFile {
         self.file.sync_all().map_err(|error| self.error("flush", error))?;
         self.volume.allocated_size_bytes = self.allocated_size_bytes()?;
         let name = file_name(&self.volume.name, self.volume.format);
-        match rename_no_replace(&self.directory, &self.temporary, &name) {
+        let renamed = if self.replaces {
+            // Looked at again: a guest may have been started while the new volume was written.
+            refuse_replaced_in_use(&self.volume.path, self.volume.format)?;
+            rustix::fs::renameat(&self.directory, &self.temporary, &self.directory, &name)
+        } else {
+            rename_no_replace(&self.directory, &self.temporary, &name)
+        };
+        match renamed {
             Ok(()) => self.armed = false,
             Err(Errno::EXIST) => return Err(taken(&self.volume.path)),
             Err(errno) => return Err(self.error(format!("publish as {name}"), errno.into())),
         }
         if let Err(error) = self.directory.sync_all() {
             let error = Error::io(Stage::Target, self.directory_path.display().to_string(), "flush the pool's directory", error);
+            if self.replaces {
+                // The old volume's name is gone: removing the new one would leave nothing.
+                return Err(error);
+            }
             // Not durable is not there.
             return Err(match rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty()) {
                 Ok(()) => error,
@@ -165,7 +179,7 @@ impl Staged for StagedFile {
 pub(super) fn check(wanted: &Wanted<'_>, format: VolumeFormat) -> Result<()> {
     wanted.options.check(format)?;
     let (directory, name) = (directory_of(wanted.pool, format)?, wanted.name);
-    refuse_taken(directory, name)?;
+    refuse_taken(directory, name, format, wanted.replace)?;
     let allocate_bytes = wanted.options.allocation(wanted.size_bytes, wanted.allocate_bytes);
     let object = || directory.display().to_string();
     let stat = rustix::fs::statvfs(directory).map_err(|errno| Error::io(Stage::Target, object(), "get the pool's free space", errno.into()))?;
@@ -276,14 +290,30 @@ pub(super) fn validate(plan: &VolumePlan<'_>, format: VolumeFormat) -> Result<()
     Ok(())
 }
 
-/// A volume's name is unique in its pool, whatever the format.
-fn refuse_taken(directory: &Path, name: &VolumeName) -> Result<()> {
+/// A volume's name is unique in its pool, whatever the format; only the file that is replaced may have it, and nobody may use it.
+fn refuse_taken(directory: &Path, name: &VolumeName, format: VolumeFormat, replace: Option<&Volume>) -> Result<()> {
+    let own = file_name(name, format);
     for format in [VolumeFormat::Raw, VolumeFormat::Qcow2] {
         let path = directory.join(file_name(name, format));
+        let is_replaced = replace.is_some_and(|old| old.name == *name && old.path == path) && path == directory.join(&own);
         match std::fs::symlink_metadata(&path) {
+            Ok(_) if is_replaced => {}
             Ok(_) => return Err(taken(&path)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(Stage::Target, path.display().to_string(), "see whether the name is free", error)),
+        }
+    }
+    if replace.is_some() { refuse_replaced_in_use(&directory.join(own), format) } else { Ok(()) }
+}
+
+/// A loop volume is always attached to its device; what counts is who uses that.
+fn refuse_replaced_in_use(path: &Path, format: VolumeFormat) -> Result<()> {
+    if format != VolumeFormat::Loop {
+        return in_use::refuse_file_in_use(path).map_err(|error| error.with_reason("VOLUME_IN_USE"));
+    }
+    for device in loops::find_by_backing(path)? {
+        if let Some(number) = mounts::block_number(&device) {
+            in_use::refuse_device_in_use(&device, number).map_err(|error| error.with_reason("VOLUME_IN_USE"))?;
         }
     }
     Ok(())

@@ -214,3 +214,47 @@ async fn listed_golden_images_are_prepared_when_the_daemon_starts() {
     assert_eq!(golden.size_bytes, 96 * MIB);
     daemon.stop().await;
 }
+#[tokio::test(flavor = "multi_thread")]
+async fn a_root_rendered_again_keeps_identity_and_data_and_nothing_else() {
+    let mut daemon = Daemon::start().await;
+    let image = image(&mut daemon).await;
+    let mut wanted = spec(&image, "db1", VolumeFormat::Qcow2Overlay);
+    wanted.devices = vec![proto::DeviceSpec { size_bytes: 32 * MIB, mount: "/tmp/s".into(), ..device("scratch", DeviceRole::Scratch) }];
+    daemon.render("first", wanted.clone()).await;
+    let before = daemon.mapping("db1").await.mapping.expect("a mapping");
+    let data = path(&before.devices[1]);
+    // The guest wrote something to its data.
+    let script = daemon.dir.join("marker");
+    std::fs::write(&script, "written by the guest").expect("written");
+    judge("debugfs", &["-w", "-R", &format!("write {} /marker", script.display()), &data]);
+
+    let taken = daemon.start_render("second", wanted.clone()).await.expect_err("the name is taken");
+    assert_eq!(taken.code(), tonic::Code::AlreadyExists);
+    // Another image, another host name, no scratch device: still the same instance.
+    let digest = daemon.upload(&tarball_with_data()).await;
+    let other = daemon.image_of(&digest, &MANIFEST.replace("\"persistent\": [", "\"description\": \"new\", \"persistent\": [")).await;
+    wanted.image_id = other.clone();
+    (wanted.replace, wanted.devices) = (true, Vec::new());
+    wanted.instance.as_mut().expect("set").hostname = "db2.example.com".into();
+    daemon.render("third", wanted.clone()).await;
+    let after = daemon.mapping("db1").await.mapping.expect("a mapping");
+    assert_eq!(after.image_id, other);
+    let identity = |mapping: &proto::Mapping| {
+        let identity = mapping.identity.clone().expect("an identity");
+        (identity.machine_id, identity.ssh_fingerprints, mapping.devices[0].filesystem.clone().expect("a filesystem").uuid)
+    };
+    assert_eq!(identity(&before), identity(&after));
+    assert_eq!(after.identity.as_ref().expect("an identity").hostname, "db2.example.com");
+    assert_eq!(after.devices.iter().map(|device| device.name.as_str()).collect::<Vec<_>>(), ["root", "data", "swap"]);
+    assert_eq!(path(&after.devices[1]), data);
+    assert_eq!(cat(&data, "/marker"), "written by the guest");
+    assert_eq!(volumes(&mut daemon).await, ["db1", "db1-data", "db1-swap"], "scratch went with the root that had it");
+    judge("qemu-img", &["check", "-f", "qcow2", &path(&after.devices[0])]);
+
+    // Another instance never gets them.
+    wanted.instance.as_mut().expect("set").name = "intruder".into();
+    let refused = daemon.start_render("fourth", wanted).await.expect_err("not its root");
+    assert_eq!(refused.code(), tonic::Code::AlreadyExists);
+    assert!(refused.message().contains("db1"), "{}", refused.message());
+    daemon.stop().await;
+}
