@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::{
     disk::Layout,
     fs::{FsKind, Profile},
-    guest::config::InstanceConfig,
+    guest::{config::InstanceConfig, seed::SeedSpec},
     mapping::Role,
     names::{DeviceName, GuestPath, PoolName, RenderKey, VolumeName},
     target::{VolumeFormat, VolumeOptions},
@@ -69,6 +69,8 @@ pub struct DeviceSpec {
     pub overwrite: bool,
     /// How the format stores it.
     pub options: VolumeOptions,
+    /// What a seed holds.
+    pub seed: Option<SeedSpec>,
 }
 
 /// What a golden image is to be like; what is not given comes from the manifest, then from the configuration.

@@ -14,6 +14,7 @@ use crate::{
     guest::{
         self,
         config::{AuthorizedKeys, HostKeys, InjectedFile, InstanceConfig, Secret},
+        seed::{SeedFormat, SeedSpec, USER_DATA_LEN_MAX},
     },
     mapping::Role,
     names::{Digest, GuestPath, InstanceName},
@@ -120,6 +121,34 @@ fn volume_options(field: &str, message: Option<proto::VolumeOptions>) -> Result<
     })
 }
 
+fn seed(field: &str, message: &proto::SeedSpec) -> Result<SeedSpec> {
+    for (name, bytes) in [("user_data", &message.user_data), ("vendor_data", &message.vendor_data)] {
+        if bytes.len() > USER_DATA_LEN_MAX {
+            let why = format!("has {} bytes, the limit is {USER_DATA_LEN_MAX}", bytes.len());
+            return Err(Error::field(Stage::Request, format!("{field}.{name}"), why));
+        }
+    }
+    Ok(SeedSpec {
+        format: match proto::SeedFormat::try_from(message.format) {
+            Ok(proto::SeedFormat::Unspecified | proto::SeedFormat::Nocloud) => SeedFormat::NoCloud,
+            Ok(proto::SeedFormat::ConfigDrive) => SeedFormat::ConfigDrive,
+            Err(_) => return Err(Error::field(Stage::Request, format!("{field}.format"), format!("{} is not a format of seeds", message.format))),
+        },
+        user_data: Secret::new(message.user_data.clone()),
+        vendor_data: Secret::new(message.vendor_data.clone()),
+    })
+}
+
+/// A device for comparing requests: what may be secret in it is there as a digest.
+fn canonical_device(device: &proto::DeviceSpec) -> String {
+    let mut device = device.clone();
+    if let Some(seed) = &mut device.seed {
+        seed.user_data = Digest::of(&seed.user_data).as_bytes().to_vec();
+        seed.vendor_data = Digest::of(&seed.vendor_data).as_bytes().to_vec();
+    }
+    format!("{device:?}")
+}
+
 fn device(field: &str, message: &proto::DeviceSpec) -> Result<DeviceSpec> {
     let at = |rest: &str| format!("{field}.{rest}");
     let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
@@ -146,6 +175,7 @@ fn device(field: &str, message: &proto::DeviceSpec) -> Result<DeviceSpec> {
         persistent: message.persistent,
         overwrite: message.overwrite,
         options: volume_options(&at("options"), message.options)?,
+        seed: message.seed.as_ref().map(|message| seed(&at("seed"), message)).transpose()?,
     })
 }
 
@@ -254,7 +284,7 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
         "overwrite": spec.overwrite,
         "options": spec.options.as_ref().map(|options| format!("{options:?}")),
         "replace": spec.replace,
-        "devices": spec.devices.iter().map(|device| format!("{device:?}")).collect::<Vec<_>>(),
+        "devices": spec.devices.iter().map(canonical_device).collect::<Vec<_>>(),
         "golden": spec.golden.as_ref().map(|golden| json!({
             "filesystem": golden.filesystem, "layout": golden.layout, "size_bytes": golden.size_bytes, "profile": golden.profile,
         })),

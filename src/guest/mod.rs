@@ -39,6 +39,7 @@ pub mod plan;
 pub mod report;
 pub mod resolv;
 pub mod scrub;
+pub mod seed;
 pub mod setup;
 pub mod ssh;
 pub mod tree;

@@ -76,6 +76,7 @@ struct Prepared {
     injected: Injected,
     plan: DiskPlan,
     patch: BlockPatch,
+    nics: Vec<Nic>,
     now: Timestamp,
 }
 
@@ -127,7 +128,7 @@ impl Engine {
         let mut staged: Vec<(Box<dyn Staged>, Option<Filesystem>)> = Vec::new();
         let image = open_root(golden)?;
         for device in render.devices.iter().filter(|device| device.kept().is_none()) {
-            staged.push(self.stage_device(render_id, device, image.as_ref(), golden.record.spec.profile, &prepared, progress)?);
+            staged.push(self.stage_device(render_id, render, device, image.as_ref(), golden.record.spec.profile, &prepared, progress)?);
         }
         let plan = VolumePlan {
             overwrite: render.spec.overwrite,
@@ -171,6 +172,7 @@ impl Engine {
     fn stage_device(
         &self,
         render_id: &str,
+        render: &ResolvedRender,
         device: &ResolvedDevice,
         image: Option<&Image>,
         profile: Profile,
@@ -184,6 +186,10 @@ impl Engine {
             profile,
             uuid: device_uuid(&prepared.identity, device),
             now: prepared.now,
+            config: &render.spec.instance,
+            identity: &prepared.identity,
+            instance_uuid: &prepared.injected.identity.instance_uuid,
+            macs: &prepared.nics.iter().map(|nic| (nic.name.clone(), nic.mac)).collect(),
         };
         let content = content::prepare(device, content::size_of(device)?, &source, progress)?;
         let plan = VolumePlan {
@@ -282,7 +288,7 @@ impl Engine {
                 render_id: render_id.to_owned(),
                 image_id: resolved.image.record.id.clone(),
                 devices: vec![device],
-                nics: nics(render, &prepared.identity),
+                nics: prepared.nics.clone(),
                 identity: injected.identity.clone(),
                 injected: injected.report.clone(),
                 created_secs: now_secs(),
@@ -358,7 +364,7 @@ fn prepare(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, 
     progress.check()?;
     progress.enter(Stage::Edit, 0);
     let (plan, patch) = patch_of(golden, &injected, size_bytes, progress)?;
-    Ok(Prepared { identity, injected, plan, patch, now })
+    Ok(Prepared { nics: nics(render, &identity), identity, injected, plan, patch, now })
 }
 
 /// The cards of an instance. One whose address nobody gave gets one that is the same whenever the instance is rendered (locally administered, in QEMU's

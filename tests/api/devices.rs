@@ -258,3 +258,33 @@ async fn a_root_rendered_again_keeps_identity_and_data_and_nothing_else() {
     assert!(refused.message().contains("db1"), "{}", refused.message());
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seed_is_a_read_only_volume_with_the_label_and_documents_of_its_format() {
+    let mut daemon = Daemon::start().await;
+    let image = daemon.image().await;
+    for (name, format, label, user_data) in [
+        ("seeded", proto::SeedFormat::Nocloud, "CIDATA", "user-data"),
+        ("driven", proto::SeedFormat::ConfigDrive, "CONFIG-2", "openstack/latest/user_data"),
+    ] {
+        let mut wanted = spec(&image, name, VolumeFormat::Raw);
+        let secret = b"#!/bin/sh\n# hunter2\n".to_vec();
+        let seed = proto::SeedSpec { format: format as i32, user_data: secret.clone(), vendor_data: Vec::new() };
+        wanted.devices = vec![proto::DeviceSpec { seed: Some(seed), ..device("", DeviceRole::Seed) }];
+        daemon.render(name, wanted).await;
+        let mapping = daemon.mapping(name).await;
+        let devices = mapping.mapping.expect("a mapping").devices;
+        let seed = &devices[1];
+        assert!(seed.read_only && seed.role() == DeviceRole::Seed && seed.name == "seed");
+        let file = path(seed);
+        judge("fsck.fat", &["-n", &file]);
+        assert!(judge("blkid", &["--probe", &file]).contains(&format!("LABEL=\"{label}\"")));
+        assert_eq!(judge("mtype", &["-i", &file, &format!("::/{user_data}")]).as_bytes(), secret);
+        // What may be secret is on the volume and nowhere else.
+        let catalogue = std::fs::read(daemon.dir.join("state/catalog.sqlite-wal")).expect("the catalogue's log");
+        assert!(!mapping.mapping_json.contains("hunter2") && !catalogue.windows(7).any(|bytes| bytes == b"hunter2"));
+    }
+    assert!(delete(&mut daemon, "seeded", false).await.expect("deleted"));
+    assert_eq!(volumes(&mut daemon).await, ["driven", "driven-seed"]);
+    daemon.stop().await;
+}

@@ -46,7 +46,7 @@ impl NetRenderer for Netplan {
 
 /// Who reads a version 2 document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reader {
+pub(crate) enum Reader {
     /// netplan itself.
     Netplan {
         /// What netplan writes for.
@@ -57,7 +57,7 @@ pub(super) enum Reader {
 }
 
 /// The whole network as a version 2 document; `path` is for errors.
-pub(super) fn document(network: &Network, reader: Reader, path: &str) -> Result<String> {
+pub(crate) fn document(network: &Network, reader: Reader, path: &str) -> Result<String> {
     let mut yaml = Yaml::default();
     if let Reader::Netplan { daemon } = reader {
         yaml.line(0, "network:");

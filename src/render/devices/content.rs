@@ -1,6 +1,7 @@
 //! What a new device holds: a disk file in the store's `tmp` and a block patch, from which a target makes the volume.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     path::{Path, PathBuf},
@@ -10,11 +11,13 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
+    disk::fat,
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
     fs::{BuildParams, FsKind, Profile, Region, TreeBuilder, patch::BlockPatch},
+    guest::{config::InstanceConfig, identity::Identity, seed},
     mapping::Filesystem,
-    names::{Digest, GuestPath},
+    names::{Digest, GuestPath, MacAddr},
     progress::Progress,
     render::{
         devices::{
@@ -65,6 +68,14 @@ pub struct Source<'a> {
     pub uuid: Uuid,
     /// Stamped on what is made.
     pub now: Timestamp,
+    /// What the instance is told.
+    pub config: &'a InstanceConfig,
+    /// Who it is.
+    pub identity: &'a Identity,
+    /// UUID of the instance.
+    pub instance_uuid: &'a str,
+    /// Addresses of its NICs, by interface name.
+    pub macs: &'a BTreeMap<String, MacAddr>,
 }
 
 /// Makes the content of a device of `size_bytes`.
@@ -73,6 +84,12 @@ pub fn prepare(device: &ResolvedDevice, size_bytes: u64, source: &Source<'_>, pr
     let (file, mut prepared) = empty(path, size_bytes)?;
     match &device.content {
         Content::Empty => {}
+        Content::Seed(spec) => {
+            let inputs =
+                seed::Inputs { spec, config: source.config, identity: source.identity, instance_uuid: source.instance_uuid, macs: source.macs };
+            let volume = seed::volume(&inputs).map_err(|error| error.under_field(&device.field))?;
+            prepared.patch = fat::build(size_bytes, &volume).map_err(|error| error.under_field(&device.field))?;
+        }
         Content::Swap { label } => prepared.patch.insert(0, swap_header(size_bytes, source.uuid, label).into()),
         Content::Filesystem { kind, label, profile, bytes_per_inode } => {
             let params = BuildParams {

@@ -1,4 +1,4 @@
-//! Devices of an instance beside its root: data that outlives it, swap, scratch space.
+//! Devices of an instance beside its root: data that outlives it, swap, scratch space, configuration seeds.
 //!
 //! ```text
 //! resolve   devices of the manifest + those of the request → ResolvedDevice         pure
@@ -15,6 +15,7 @@ mod resolve;
 
 use crate::{
     fs::{FsKind, Profile},
+    guest::seed::SeedSpec,
     mapping::Role,
     names::{DeviceName, GuestPath, VolumeName},
     store::records::{VolumeKey, VolumeRecord},
@@ -82,6 +83,8 @@ pub enum Content {
         /// Its label.
         label: String,
     },
+    /// A configuration seed.
+    Seed(SeedSpec),
 }
 
 impl ResolvedDevice {

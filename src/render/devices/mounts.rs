@@ -54,7 +54,7 @@ pub fn mounts(devices: &[ResolvedDevice], golden: Option<&Image>, uuid_of: impl 
         let source = format!("UUID={uuid}");
         let options = |default: &str| device.mount_options.clone().unwrap_or_else(|| default.to_owned());
         match &device.content {
-            Content::Empty => {}
+            Content::Empty | Content::Seed(_) => {}
             // A guest without its swap or scratch space still works; one without its data had better not start the services that write there.
             Content::Swap { .. } => {
                 let options = options("sw,nofail");

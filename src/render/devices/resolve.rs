@@ -1,6 +1,7 @@
 //! Devices of the manifest, completed and added to by the request.
 
 use crate::{
+    disk::fat,
     error::{Error, Result, Stage},
     fs::FsKind,
     manifest::{self, Manifest},
@@ -65,7 +66,7 @@ fn named(devices: &[DeviceSpec]) -> Result<Vec<(String, DeviceName, &DeviceSpec)
                 let name = if before == 0 { role.name().to_owned() } else { format!("{}{}", role.name(), before + 1) };
                 name.parse().map_err(|why: String| wrong(format!("{field}.name"), why))?
             }
-            (None, None) => return Err(wrong(format!("{field}.role"), "is required: data, swap or scratch")),
+            (None, None) => return Err(wrong(format!("{field}.role"), "is required: data, swap, scratch or seed")),
         };
         if name.as_str() == "root" || named.iter().any(|(_, other, _)| *other == name) {
             return Err(wrong(format!("{field}.name"), format!("{name} is the name of another device")));
@@ -103,7 +104,11 @@ fn one(
     let filesystem =
         wanted.filesystem.or_else(|| base.and_then(|base| base.filesystem.as_ref()).map(|filesystem| filesystem.kind.unwrap_or_default()));
     let content = content_of(engine, &field, &name, role, filesystem, mount.is_some() || persistent, &wanted, base)?;
-    let size_bytes = wanted.size_bytes.or_else(|| base.and_then(|base| base.size).map(|size| size.0));
+    let fitting = |seed: &crate::guest::seed::SeedSpec| {
+        // Beside the caller's bytes there are a few documents of some KiB; networks have bounds.
+        fat::size_for([seed.user_data.expose().len() as u64, seed.vendor_data.expose().len() as u64, 256 << 10])
+    };
+    let size_bytes = wanted.size_bytes.or(wanted.seed.as_ref().map(fitting)).or_else(|| base.and_then(|base| base.size).map(|size| size.0));
     check_size(engine, &at("size_bytes"), size_bytes, &content)?;
     check_mount(&field, role, &wanted, mount.as_ref(), persistent, manifest)?;
     Ok(ResolvedDevice {
@@ -133,7 +138,7 @@ fn role_of(field: &str, wanted: &DeviceSpec, base: Option<&manifest::Device>) ->
         manifest::Role::Scratch => Some(Role::Scratch),
     });
     match (wanted.role, base) {
-        (Some(Role::Root), _) => Err(wrong(at, "the root is spec.volume; this list has data, swap and scratch")),
+        (Some(Role::Root), _) => Err(wrong(at, "the root is spec.volume; this list has data, swap, scratch and seed")),
         (Some(role), Some(base)) if role != base => {
             Err(wrong(at, format!("is {}, the manifest's device of this name is {}", role.name(), base.name())))
         }
@@ -163,6 +168,18 @@ fn content_of(
         }
         Ok(())
     };
+    if (role == Role::Seed) != wanted.seed.is_some() {
+        return Err(wrong(format!("{field}.seed"), "belongs to a device of the role seed, and every seed needs one"));
+    }
+    if let Some(seed) = &wanted.seed {
+        if filesystem.is_some() || mounted || wanted.label.is_some() {
+            return Err(wrong(
+                format!("{field}.filesystem"),
+                "a seed is a FAT volume with the label that its readers look for; it is not mounted by fstab",
+            ));
+        }
+        return Ok(Content::Seed(seed.clone()));
+    }
     if role == Role::Swap {
         if filesystem.is_some() {
             return Err(wrong(format!("{field}.filesystem"), "swap has no filesystem"));
@@ -189,6 +206,7 @@ fn check_size(engine: &Engine, field: &str, size: Option<u64>, content: &Content
     let (least, what) = match content {
         Content::Empty => (PATCH_BLOCK, "a device"),
         Content::Swap { .. } => (SWAP_SIZE_MIN, "swap space"),
+        Content::Seed(_) => (crate::disk::fat::SIZE_MIN, "a seed"),
         Content::Filesystem { kind, .. } => (golden::filesystem(*kind).size_min(), kind.name()),
     };
     if size < least {
