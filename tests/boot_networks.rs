@@ -45,6 +45,52 @@ fn networkd_of_trixie_brings_up_what_was_asked_for() {
     guest_comes_up("trixie-networkd");
 }
 
+/// A bond of both NICs, a VLAN on it and a bridge, as a version 2 document.
+fn stacked_guest_comes_up(fixture: &str) {
+    let daemon = Daemon::start("");
+    let image = image(&daemon, fixture, &json!({}));
+    let document = json!({"network": {
+        "version": 2,
+        "ethernets": {
+            "eth0": {"match": {"macaddress": MACS[0]}, "set-name": "eth0"},
+            "eth1": {"match": {"macaddress": MACS[1]}, "set-name": "eth1"},
+        },
+        "bonds": {"bond0": {
+            "interfaces": ["eth0", "eth1"], "addresses": ["192.0.2.10/24"], "gateway4": "192.0.2.1", "accept-ra": false,
+            "parameters": {"mode": "active-backup", "primary": "eth1", "mii-monitor-interval": 100},
+        }},
+        "vlans": {"bond0.5": {"id": 5, "link": "bond0", "addresses": ["10.5.0.2/24"], "accept-ra": false, "routes": [{"to": "10.6.0.0/16", "via": "10.5.0.1"}]}},
+        "bridges": {"br0": {"interfaces": [], "addresses": ["10.7.0.1/24"], "accept-ra": false, "parameters": {"stp": false}}},
+    }});
+    let config = json!({"hostname": "bond-1", "network": {"document": document.to_string()}}).to_string();
+    let rendered = render(&daemon, &image, "bond-1", "QCOW2_OVERLAY", &json!({"instance": {"name": "bond-1", "configJson": config}}));
+    let report = common::boot::Guest::new(fixture, rendered.disk()).nic(MACS[0]).nic(MACS[1]).boot();
+    let context = format!("{report:#?}");
+    for mac in MACS {
+        let nic = report.links.iter().find(|link| link.raw["permaddr"].as_str().unwrap_or(&link.mac) == mac && link.name.starts_with("eth"));
+        assert_eq!(nic.map(|nic| nic.raw["master"].as_str()), Some(Some("bond0")), "{context}");
+    }
+    for (name, address) in [("bond0", "192.0.2.10/24"), ("bond0.5", "10.5.0.2/24"), ("br0", "10.7.0.1/24")] {
+        assert_eq!(report.link(name).global_addresses(), [address], "{context}");
+        assert!(report.link(name).up, "{context}");
+    }
+    assert_eq!(report.link("bond0.5").raw["link"], "bond0", "{context}");
+    let route = report.default_route4().unwrap_or_else(|| panic!("no default route: {context}"));
+    assert_eq!((route.gateway.as_str(), route.device.as_str()), ("192.0.2.1", "bond0"), "{context}");
+    let route = report.routes4.iter().find(|route| route.to == "10.6.0.0/16").unwrap_or_else(|| panic!("no route: {context}"));
+    assert_eq!((route.gateway.as_str(), route.device.as_str()), ("10.5.0.1", "bond0.5"), "{context}");
+}
+
+#[test]
+fn ifupdown_of_bookworm_brings_up_a_bond_with_a_vlan_and_a_bridge() {
+    stacked_guest_comes_up("bookworm-ifupdown");
+}
+
+#[test]
+fn networkd_of_bookworm_brings_up_a_bond_with_a_vlan_and_a_bridge() {
+    stacked_guest_comes_up("bookworm-networkd");
+}
+
 #[test]
 fn dhcp_gets_the_lease_and_nothing_else() {
     let fixture = "bookworm-networkd";
