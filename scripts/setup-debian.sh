@@ -82,6 +82,23 @@ install_xen_utils() {
     install "$package"
 }
 
+# cloud-init gives a second opinion on network documents. Unpacked with the modules it needs and not installed: it would take over this machine's
+# configuration at the next boot.
+unpack_cloud_init() {
+    local place=$here/../target/tools/cloud-init scratch
+    [[ ! -d $place/usr/lib/python3/dist-packages/cloudinit ]] || return 0
+    update_once
+    local -a packages options=(--recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances)
+    mapfile -t packages < <(apt-cache depends cloud-init "${options[@]}" | grep '^python3-' | grep --invert-match --extended-regexp -- '-(minimal|distutils|lib2to3|dbg)$' | sort --unique)
+    echo "unpacking cloud-init"
+    scratch=$(mktemp --directory)
+    (cd "$scratch" && apt-get --quiet=2 download cloud-init "${packages[@]}" 2>/dev/null)
+    mkdir --parents "$place"
+    local package
+    for package in "$scratch"/*.deb; do dpkg-deb --extract "$package" "$place"; done
+    rm --recursive --force "$scratch"
+}
+
 check_rust() {
     local wanted have=""
     wanted=$(sed --quiet 's/^rust-version = "\(.*\)"/\1/p' "$here/../Cargo.toml")
@@ -109,5 +126,5 @@ done
 mapfile -t packages < <(missing "${BUILD[@]}"; [[ $level == build ]] || missing "${TEST[@]}")
 install "${packages[@]}"
 install_libclang
-[[ $level == build ]] || install_xen_utils
+[[ $level == build ]] || { install_xen_utils; unpack_cloud_init; }
 check_rust

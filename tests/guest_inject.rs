@@ -424,3 +424,50 @@ proptest! {
         let _ = decode::from_json(text.as_bytes(), Some(&name()));
     }
 }
+
+#[test]
+fn a_seed_for_cloud_init_is_written_only_when_asked_for_and_cloud_init_is_let_run() {
+    let mut facts = guest_trees::ubuntu_netplan();
+    guest_trees::put(&mut facts, "/etc/cloud/cloud-init.disabled", &guest_trees::Is::Present);
+    guest_trees::put(&mut facts, "/etc/cloud/cloud.cfg.d/99-off.cfg", &guest_trees::Is::Text("network: {config: disabled}\n"));
+    let network = json!({"interfaces": [{"name": "eth0", "dhcp4": true}], "backend": "cloud-init"});
+    let injection = with(&facts, json!({"network": network}), &[]);
+    assert_eq!(injection.report.network.as_ref().expect("network").backend, "cloud-init");
+    assert!(text(&injection, "/var/lib/cloud/seed/nocloud/network-config").contains("version: 2\nethernets:\n  \"eth0\":\n"));
+    assert!(text(&injection, "/var/lib/cloud/seed/nocloud/user-data").starts_with("#cloud-config\n"));
+    assert!(text(&injection, "/etc/cloud/cloud.cfg.d/99_zz_cloudlet_datasource.cfg").contains("datasource_list: [ NoCloud, None ]"));
+    for removed in ["/etc/cloud/cloud-init.disabled", "/etc/cloud/cloud.cfg.d/99-off.cfg"] {
+        assert!(matches!(edit(&injection, removed).expect(removed).op, EditOp::Remove), "{removed}");
+    }
+    assert!(edit(&injection, "/etc/cloud/cloud.cfg.d/99-cloudlet-network.cfg").is_none(), "it must not be kept off");
+    assert!(edit(&injection, "/etc/netplan/50-cloudlet.yaml").is_none());
+    let native = with(&facts, json!({"network": {"interfaces": [{"name": "eth0", "dhcp4": true}]}}), &[]);
+    assert!(!native.edits.iter().any(|edit| edit.path.to_string().starts_with("/var/lib/cloud/seed")), "not unless asked for");
+}
+
+#[test]
+fn what_a_back_end_can_not_express_is_refused_and_not_left_out() {
+    let tree = |name: &str| guest_trees::all().into_iter().find(|(known, _)| *known == name).expect(name).1;
+    let vlan = |name: &str| json!({"name": name, "vlan": {"id": 5, "link": "eth0"}});
+    for (name, interfaces, what) in [
+        ("gentoo-netifrc", json!([{"name": "eth0"}, vlan("eth0.5"), {"name": "eth0_5"}]), "eth0_5"),
+        ("centos-7-ifcfg", json!([{"name": "eth0"}, vlan("uplink")]), "eth0.5 or vlan5"),
+        ("centos-7-ifcfg", json!([{"name": "eth0", "addresses": ["192.0.2.1/24"], "link_local": false}]), "link-local"),
+    ] {
+        let error = try_with(&tree(name), &config(json!({"network": {"interfaces": interfaces}})), &[]).expect_err(what);
+        assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "NETWORK_NOT_EXPRESSIBLE"), "{name}");
+        assert!(error.message().contains(what), "{}", error.message());
+    }
+}
+
+#[test]
+fn the_kernels_argument_is_in_the_report_of_an_image_without_tooling() {
+    let facts = guest_trees::all().into_iter().find(|(name, _)| *name == "appliance-kernel-ip").expect("a tree").1;
+    let report = with(&facts, one_nic(json!({})), &[]).report;
+    let network = report.network.expect("network");
+    assert_eq!(
+        (network.backend.as_str(), &network.kernel_arguments[..]),
+        ("kernel-ip", &["ip=192.0.2.10::192.0.2.1:255.255.255.0:::off".to_owned()][..])
+    );
+    assert!(report.warnings.iter().any(|warning| warning.contains("must be booted with ip=")), "{:?}", report.warnings);
+}

@@ -53,7 +53,14 @@ impl NetRenderer for CloudInit {
             file(DATASOURCE.into(), datasource, 0o644, "cloud-init must use the seed and look no further"),
         ];
         let notes = vec!["cloud-init writes the network configuration at the first boot, from the seed".to_owned()];
-        Ok(Rendered { files, notes, ..Rendered::default() })
+        let by_route = network.interfaces.iter().any(|interface| {
+            let by_route = |gateway| interface.metric.is_some() || interface.is_off_subnet(gateway);
+            interface.gateway6.is_some_and(|gateway| by_route(gateway.into())) || interface.routes.iter().any(|route| route.to.prefix == 0)
+        });
+        // Found by its own net-convert: the prefix length 0 counts as none.
+        let warning = "an IPv6 default route with a metric or off-subnet is a route to ::/0, which cloud-init up to 22.4 takes for ::/64";
+        let warnings = by_route.then(|| warning.to_owned()).into_iter().collect();
+        Ok(Rendered { files, notes, warnings, ..Rendered::default() })
     }
 }
 

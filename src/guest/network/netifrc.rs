@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 
 use crate::{
-    error::Result,
+    error::{Error, Kind, Result, Stage},
     guest::{
         config::{BackendKind, Interface, LinkKind, Network, RouteKind},
         enablement::init_script_links,
@@ -47,6 +47,7 @@ impl NetRenderer for Netifrc {
         let mut rendered = Rendered::default();
         let mut file = ShellFile::new();
         let mut settings = Vec::new();
+        check_names(network)?;
         let all_dns = link_dns(network);
         for at in network.bottom_up() {
             let interface = &network.interfaces[at];
@@ -99,6 +100,18 @@ fn services(facts: &GuestFacts, interface: &Interface, rendered: &mut Rendered) 
 /// The part of a variable that names an interface.
 fn variable(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect()
+}
+
+/// Names that differ only in what a shell name can't have would share their variables.
+fn check_names(network: &Network) -> Result<()> {
+    for (index, interface) in network.interfaces.iter().enumerate() {
+        let own = variable(interface.name.as_str());
+        if let Some(other) = network.interfaces[..index].iter().find(|other| variable(other.name.as_str()) == own) {
+            let message = format!("netifrc can't tell {} from {}: both are {own} in its variables", interface.name, other.name);
+            return Err(Error::new(Kind::Unsupported, Stage::Inject, "network", message).with_reason("NETWORK_NOT_EXPRESSIBLE"));
+        }
+    }
+    Ok(())
 }
 
 fn variables(file: &mut ShellFile, network: &Network, interface: &Interface, dns: &LinkDns<'_>) {

@@ -3,7 +3,7 @@
 //!
 //! netplan merges all its files, key by key, so the image's own are removed (`conflicts`).
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, net::IpAddr};
 
 use crate::{
     error::{Error, Result, Stage},
@@ -157,11 +157,16 @@ fn routes(yaml: &mut Yaml, interface: &Interface, reader: Reader) {
         Reader::CloudInit if v6 => "::/0",
         Reader::CloudInit => "0.0.0.0/0",
     };
-    if interface.gateways().next().is_none() && interface.routes.is_empty() {
+    // cloud-init 22.4 takes `::/0` for a network of /64: what can be said as a gateway is.
+    let is_key = |gateway: &IpAddr| reader == Reader::CloudInit && interface.metric.is_none() && !interface.is_off_subnet(*gateway);
+    for gateway in interface.gateways().filter(is_key) {
+        yaml.line(2, &format!("gateway{}: {}", if gateway.is_ipv6() { 6 } else { 4 }, quote(&gateway.to_string())));
+    }
+    if interface.gateways().all(|gateway| is_key(&gateway)) && interface.routes.is_empty() {
         return;
     }
     yaml.line(2, "routes:");
-    for gateway in interface.gateways() {
+    for gateway in interface.gateways().filter(|gateway| !is_key(gateway)) {
         yaml.line(3, &format!("- to: {}", quote(default(gateway.is_ipv6()))));
         yaml.line(4, &format!("via: {}", quote(&gateway.to_string())));
         if interface.is_off_subnet(gateway) {
