@@ -381,7 +381,7 @@ fn fstab_names_the_root_and_reports_devices_of_the_build_machine() {
 }
 
 /// Files of the image that injection reads.
-const READ: [&str; 14] = [
+const READ: [&str; 22] = [
     "/etc/passwd",
     "/etc/shadow",
     "/etc/hosts",
@@ -396,6 +396,14 @@ const READ: [&str; 14] = [
     "/etc/ssh/sshd_config",
     "/usr/lib/os-release",
     "/usr/lib/systemd/system-preset/x.preset",
+    "/etc/systemd/network/x.netdev",
+    "/etc/sysconfig/network",
+    "/etc/sysconfig/network/config",
+    "/etc/sysconfig/network/ifcfg-eth0",
+    "/etc/sysconfig/network-scripts/ifcfg-eth0",
+    "/etc/sysconfig/network-scripts/ifcfg-\u{1b}:x",
+    "/etc/conf.d/net",
+    "/etc/cloud/cloud.cfg.d/x.cfg",
 ];
 
 proptest! {
@@ -403,8 +411,8 @@ proptest! {
 
     #[test]
     fn no_content_or_link_in_an_image_makes_injection_panic_or_write_control_characters(
-        which in 0..READ.len(), tree in 0..7usize, link in any::<bool>(),
-        content in "(root|eth0|\\[Match\\]|Name=|iface |auto |:|=|/|\\.\\./|\\*|\\[|\n|\\PC|\u{1b}|\u{0}|UUID=x / |0|\t| ){0,40}",
+        which in 0..READ.len(), tree in 0..22usize, link in any::<bool>(),
+        content in "(root|eth0|\\[Match\\]|Name=|DEVICE=|NETCONFIG_DNS_STATIC_SERVERS=|iface |auto |:|=|/|\\.\\./|\\*|\\[|\n|\\PC|\u{1b}|\u{0}|UUID=x / |0|\t| ){0,40}",
     ) {
         let (_, mut facts) = guest_trees::all().swap_remove(tree);
         let is = if link { Is::To(&content) } else { Is::Text(&content) };

@@ -7,7 +7,7 @@
 use crate::{
     error::Result,
     guest::{
-        config::{BackendKind, Network},
+        config::{BackendKind, LinkKind, Network},
         enablement::{State, enabling_links, init_script_links, unit_state},
         facts::GuestFacts,
         network::{Presence, ifcfg, ifupdown, ini::values, netifrc, netplan, renderer, wicked},
@@ -240,7 +240,10 @@ fn keep_network_manager_off(plan: &mut Plan<'_>, network: &Network) -> Result<()
     let devices: Vec<String> = network
         .interfaces
         .iter()
-        .map(|interface| interface.mac.map_or_else(|| format!("interface-name:{}", interface.name), |mac| format!("mac:{mac}")))
+        .map(|interface| match interface.mac.filter(|_| interface.kind == LinkKind::Ethernet) {
+            Some(mac) => format!("mac:{mac}"),
+            None => format!("interface-name:{}", interface.name),
+        })
         .collect();
     let path = "/etc/NetworkManager/conf.d/90-cloudlet-unmanaged.conf";
     let list = if devices.is_empty() { "type:ethernet".to_owned() } else { devices.join(";") };
@@ -303,6 +306,11 @@ mod tests {
         assert!(!keyfile_selector("[connection]\ntype=wifi\n").conflicts(&ours));
         assert!(ifcfg_selector("BOOTPROTO=dhcp\n", "eth0").conflicts(&ours));
         assert!(!ifcfg_selector("DEVICE=br0\nTYPE=Bridge\n", "eth0").conflicts(&ours));
+        assert!(!ifcfg_selector("BRIDGE='yes'\nBRIDGE_PORTS='eth0'\n", "br0").conflicts(&ours));
+        assert!(ifcfg_selector("BRIDGE=br0\n", "eth0").conflicts(&ours), "Red Hat's way to say that eth0 is a member");
+        assert!(!netdev_selector("[NetDev]\nName=bond0\nKind=bond\n").conflicts(&ours));
+        assert!(netdev_selector("[NetDev]\nName=bond0\nKind=bond\n").conflicts(&network(&[("bond0", None)])));
+        assert!(keyfile_selector("[connection]\ntype=bond\ninterface-name=bond0\n").conflicts(&network(&[("bond0", None)])));
     }
 
     #[test]
