@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::{
     disk::Layout,
     fs::{FsKind, Profile},
-    guest::{config::InstanceConfig, seed::SeedSpec},
+    guest::{cloud_seed::SeedSpec, config::InstanceConfig},
     mapping::Role,
     names::{DeviceName, GuestPath, PoolName, RenderKey, VolumeName},
     target::{VolumeFormat, VolumeOptions},

@@ -167,13 +167,14 @@ fn leftovers_of_the_build_machine_are_removed_with_a_reason() {
     for path in [
         "/etc/ssh/ssh_host_rsa_key",
         "/etc/ssh/ssh_host_rsa_key.pub",
-        "/var/lib/systemd/random-seed",
         "/var/lib/dhcp/dhclient.ens3.leases",
         "/etc/udev/rules.d/70-persistent-net.rules",
     ] {
         assert!(removed(&injection, path), "{path}");
         assert!(!edit(&injection, path).expect("edit").why.is_empty());
     }
+    let seed = edit(&injection, "/var/lib/systemd/random-seed").expect("an edit");
+    assert!(seed.secret && matches!(&seed.op, EditOp::WriteFile { content, attrs } if content.len() == 512 && attrs.mode == 0o600), "an own seed");
     let of_key = injection.edits.iter().filter(|edit| edit.path.to_string() == "/etc/ssh/ssh_host_ed25519_key").count();
     assert_eq!(of_key, 1, "a key that is written anew is not removed first");
     let kept = with(&guest_trees::debian_ifupdown(), json!({"ssh_host_keys": "keep"}), &[]);

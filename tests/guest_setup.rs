@@ -168,3 +168,85 @@ fn roots_login_policy_comes_before_what_the_image_says() {
     }
     assert!(edit(&with(&debian, json!({})), drop_in).is_none(), "nothing is asked, nothing is written");
 }
+
+#[test]
+fn regional_settings_go_where_the_distribution_keeps_them() {
+    let wish = json!({"timezone": "Europe/Berlin", "locale": "de_DE.UTF-8", "keymap": "de", "hardware_clock": "local"});
+    let mut debian = guest_trees::debian_with_accounts();
+    put(&mut debian, "/usr/share/zoneinfo/Europe", &Is::Dir);
+    put(&mut debian, "/etc/default/keyboard", &Is::Text("XKBMODEL=\"pc105\"\nXKBLAYOUT=\"us\"\n"));
+    put(&mut debian, "/etc/adjtime", &Is::Text("0.5 17 0\n17\nUTC\n"));
+    let injection = with(&debian, wish.clone());
+    assert!(
+        matches!(&edit(&injection, "/etc/localtime").expect("link").op, EditOp::Symlink { target, .. } if target == b"../usr/share/zoneinfo/Europe/Berlin")
+    );
+    assert_eq!(text(&injection, "/etc/timezone"), "Europe/Berlin\n");
+    assert_eq!(text(&injection, "/etc/default/locale"), "LANG=\"de_DE.UTF-8\"\n");
+    assert_eq!(text(&injection, "/etc/default/keyboard"), "XKBMODEL=\"pc105\"\nXKBLAYOUT=\"de\"\n");
+    assert_eq!(text(&injection, "/etc/adjtime"), "0.5 17 0\n17\nLOCAL\n");
+    assert!(injection.report.warnings.iter().any(|warning| warning.contains("de_DE.UTF-8")), "no data for it");
+    let mut fedora = guest_trees::fedora_network_manager();
+    put(&mut fedora, "/usr/share/zoneinfo/Europe", &Is::Dir);
+    let injection = with(&fedora, wish.clone());
+    assert_eq!((text(&injection, "/etc/locale.conf"), text(&injection, "/etc/vconsole.conf")), ("LANG=\"de_DE.UTF-8\"\n", "KEYMAP=\"de\"\n"));
+    assert!(edit(&injection, "/etc/timezone").is_none());
+    assert_eq!(try_with(&guest_trees::debian_ifupdown(), &wish).expect_err("no tzdata").reason(), "NO_TIMEZONE");
+    for field in ["timezone", "locale", "keymap", "hardware_clock"] {
+        for hostile in ["", "../../etc/passwd", "/etc/x", "a b", "a\nb", "$(id)", "a\"b", "\u{1b}[2J", "Europe/../../x", &"a".repeat(65)] {
+            assert!(try_with(&debian, &json!({field: hostile})).is_err(), "{field} {hostile:?}");
+        }
+    }
+}
+
+#[test]
+fn the_scrub_list_can_be_chosen() {
+    let mut facts = guest_trees::debian_ifupdown();
+    for path in ["/var/log/syslog.1", "/var/log/nginx/access.log", "/root/.bash_history", "/home/ada/.zsh_history", "/etc/passwd-", "/tmp/x"] {
+        put(&mut facts, path, &Is::Present);
+    }
+    let injection = with(&facts, json!({"scrub_skip": ["dhcp", "random-seed"], "scrub_also": ["logs", "shell-history", "backup-files"]}));
+    for path in ["/var/log/syslog.1", "/root/.bash_history", "/home/ada/.zsh_history", "/etc/passwd-", "/etc/udev/rules.d/70-persistent-net.rules"] {
+        assert!(removed(&injection, path), "{path}");
+    }
+    for path in ["/var/log/nginx", "/var/lib/dhcp/dhclient.ens3.leases", "/var/lib/systemd/random-seed", "/tmp/x"] {
+        assert!(edit(&injection, path).is_none(), "{path}");
+    }
+    for wrong in [json!({"scrub_skip": ["logs"]}), json!({"scrub_also": ["dhcp"]}), json!({"scrub_also": ["everything"]})] {
+        assert!(try_with(&facts, &wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn host_keys_are_of_the_kinds_asked_for_or_of_the_kind_that_sshd_reads() {
+    let algorithms = |injection: &Injection| injection.report.ssh_host_keys.iter().map(|key| key.algorithm.clone()).collect::<Vec<_>>();
+    let mut facts = guest_trees::debian_ifupdown();
+    let injection = with(&facts, json!({"ssh_host_key_types": ["ecdsa"], "hostname": "web1.example.com"}));
+    assert_eq!(algorithms(&injection), ["ecdsa-sha2-nistp256"]);
+    assert!(injection.report.ssh_host_keys[0].sshfp.as_ref().is_some_and(|record| record.starts_with("web1.example.com. IN SSHFP 3 2 ")));
+    put(&mut facts, "/etc/ssh/sshd_config", &Is::Text("HostKey /etc/ssh/ssh_host_rsa_key\n"));
+    let injection = with(&facts, json!({}));
+    assert_eq!(algorithms(&injection), ["ssh-rsa"]);
+    assert!(injection.report.warnings.is_empty(), "{:?}", injection.report.warnings);
+    let mut dropbear = guest_trees::alpine_busybox();
+    for path in ["/usr/sbin/sshd", "/etc/ssh/sshd_config"] {
+        dropbear.nodes.remove(path);
+    }
+    put(&mut dropbear, "/usr/sbin/dropbear", &Is::Present);
+    let injection = with(&dropbear, json!({}));
+    assert_eq!(algorithms(&injection), ["ssh-ed25519"]);
+    assert!(
+        matches!(&edit(&injection, "/etc/dropbear/dropbear_ed25519_host_key").expect("key").op, EditOp::WriteFile { content, .. } if content.len() == 83)
+    );
+}
+
+#[test]
+fn cloud_init_is_kept_from_undoing_what_is_configured() {
+    let injection = with(&guest_trees::ubuntu_netplan(), json!({}));
+    assert_eq!(
+        text(&injection, "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg"),
+        "# Written by cloudletd.\npreserve_hostname: true\nssh_deletekeys: false\n"
+    );
+    let left = with(&guest_trees::ubuntu_netplan(), json!({"ssh_host_keys": "remove"}));
+    assert!(!text(&left, "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg").contains("ssh_deletekeys"), "then cloud-init makes them");
+    assert!(edit(&with(&guest_trees::debian_ifupdown(), json!({})), "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg").is_none());
+}

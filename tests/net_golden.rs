@@ -14,8 +14,17 @@ use cloudletd::{
 };
 
 /// What has nothing to do with the network, and is tested elsewhere.
-const OTHER_TOPICS: [&str; 8] =
-    ["/etc/hosts", "/etc/machine-id", "/etc/ssh/", "/.cloudlet", "/.autorelabel", "/var/lib/", "/etc/udev/rules.d/70-p", "/etc/shadow"];
+const OTHER_TOPICS: [&str; 9] = [
+    "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg",
+    "/etc/hosts",
+    "/etc/machine-id",
+    "/etc/ssh/",
+    "/.cloudlet",
+    "/.autorelabel",
+    "/var/lib/",
+    "/etc/udev/rules.d/70-p",
+    "/etc/shadow",
+];
 
 fn account(facts: &GuestFacts, document: &[u8]) -> String {
     let instance: InstanceName = "web1".parse().expect("name");

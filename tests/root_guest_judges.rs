@@ -1,7 +1,7 @@
 //! Standard tools judge the other files that injection writes: ssh-keygen the host keys and known_hosts lines, pwck, grpck and visudo the accounts,
 //! findmnt the fstab.
 //!
-//! Needs root (pwck and grpck change their root) and the Debian packages openssh-client, passwd, sudo and util-linux; without them the tests fail.
+//! Needs root (pwck and grpck change their root) and the Debian packages openssh-client, dropbear-bin, passwd, sudo and util-linux; without them the tests fail.
 
 mod guest_trees;
 
@@ -29,7 +29,7 @@ use cloudletd::{
 };
 
 const DOCUMENT: &str = r#"{
-    "hostname": "web1.example.com",
+    "hostname": "web1.example.com", "ssh_host_key_types": ["ed25519", "ecdsa", "rsa"],
     "root_password_hash": "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/",
     "network": {"interfaces": [{"name": "eth0", "addresses": ["192.0.2.10/24"]}]}
 }"#;
@@ -91,7 +91,7 @@ fn apply_to(root: &Path, facts: &GuestFacts, document: &str) -> Injection {
 
 #[track_caller]
 fn tool(program: &str, arguments: &[&str]) -> Output {
-    assert!(Path::new(program).exists(), "this test needs {program}: install openssh-client, passwd, sudo, util-linux");
+    assert!(Path::new(program).exists(), "this test needs {program}: install openssh-client, dropbear-bin, passwd, sudo, util-linux");
     Command::new(program).args(arguments).env("LC_ALL", "C").output().expect("runs")
 }
 
@@ -100,10 +100,10 @@ fn ssh_keygen_agrees_with_keys_fingerprints_and_known_hosts() {
     let root = tempfile::tempdir().expect("scratch");
     let injection = apply(root.path());
     let keys = &injection.report.ssh_host_keys;
-    assert_eq!(keys.len(), 2);
+    assert_eq!(keys.len(), 3);
     let known = root.path().join("known_hosts");
     fs::write(&known, keys.iter().map(|key| format!("{}\n", key.known_hosts)).collect::<String>()).expect("write");
-    for (name, key) in ["ed25519", "ecdsa"].iter().zip(keys) {
+    for (name, key) in ["ed25519", "ecdsa", "rsa"].iter().zip(keys) {
         let path = root.path().join(format!("etc/ssh/ssh_host_{name}_key"));
         let path = path.to_str().expect("UTF-8");
         let public = tool("/usr/bin/ssh-keygen", &["-y", "-f", path]);
@@ -113,10 +113,13 @@ fn ssh_keygen_agrees_with_keys_fingerprints_and_known_hosts() {
         assert_eq!(public, beside, "the private key belongs to the public one");
         let listed = String::from_utf8(tool("/usr/bin/ssh-keygen", &["-l", "-f", path]).stdout).expect("text");
         assert!(listed.contains(&key.fingerprint), "{listed}");
+        let records = String::from_utf8(tool("/usr/bin/ssh-keygen", &["-r", "web1.example.com.", "-f", path]).stdout).expect("text");
+        let record = key.sshfp.as_deref().expect("a record");
+        assert!(records.lines().any(|line| line == record), "{record} is not among {records}");
     }
     for host in ["web1.example.com", "web1", "192.0.2.10"] {
         let found = tool("/usr/bin/ssh-keygen", &["-F", host, "-f", known.to_str().expect("UTF-8")]);
-        assert_eq!(String::from_utf8_lossy(&found.stdout).lines().filter(|line| !line.starts_with('#')).count(), 2, "{host}");
+        assert_eq!(String::from_utf8_lossy(&found.stdout).lines().filter(|line| !line.starts_with('#')).count(), 3, "{host}");
     }
 }
 
@@ -159,4 +162,20 @@ fn pwck_grpck_and_visudo_find_nothing_wrong_with_users_that_were_made() {
     let sudoers = root.path().join("etc/sudoers.d/90-cloudlet");
     let checked = tool("/usr/sbin/visudo", &["--check", "--strict", "--owner", "--perms", "--file", sudoers.to_str().expect("UTF-8")]);
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
+#[test]
+fn dropbear_reads_the_key_that_is_made_for_it() {
+    let root = tempfile::tempdir().expect("scratch");
+    let mut facts = guest_trees::alpine_busybox();
+    for path in ["/usr/sbin/sshd", "/etc/ssh/sshd_config"] {
+        facts.nodes.remove(path);
+    }
+    guest_trees::put(&mut facts, "/usr/sbin/dropbear", &guest_trees::Is::Present);
+    let injection = apply_to(root.path(), &facts, "{}");
+    let path = root.path().join("etc/dropbear/dropbear_ed25519_host_key");
+    let shown = tool("/usr/bin/dropbearkey", &["-y", "-f", path.to_str().expect("UTF-8")]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    let key = injection.report.ssh_host_keys[0].known_hosts.split_once(' ').expect("two fields").1;
+    assert!(shown.contains(key), "{key} is not in {shown}");
 }

@@ -13,8 +13,8 @@ use crate::{
     fs::{FsKind, Profile},
     guest::{
         self,
+        cloud_seed::{SeedFormat, SeedSpec, USER_DATA_LEN_MAX},
         config::{AuthorizedKeys, HostKeys, InjectedFile, InstanceConfig, Secret},
-        seed::{SeedFormat, SeedSpec, USER_DATA_LEN_MAX},
     },
     mapping::Role,
     names::{Digest, GuestPath, InstanceName},

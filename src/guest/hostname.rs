@@ -71,6 +71,10 @@ fn write_other_places(plan: &mut Plan<'_>, facts: &GuestFacts, name: &Hostname, 
     };
     set("/etc/conf.d/hostname", "hostname", name.short())?;
     set("/etc/sysconfig/network", "HOSTNAME", own)?;
+    // Debian's mail programs take their domain from here (mailname(5)).
+    if facts.node("/etc/mailname").is_some_and(|node| matches!(node.kind, NodeKind::File { .. })) {
+        plan.write("/etc/mailname", format!("{name}\n"), 0o644, "host name")?;
+    }
     if facts.node("/etc/HOSTNAME").is_some_and(|node| matches!(node.kind, NodeKind::File { .. })) {
         plan.write("/etc/HOSTNAME", format!("{name}\n"), 0o644, "host name")?;
     }

@@ -9,9 +9,12 @@
 //!  config ─┼─▶ hostname     /etc/hostname, /etc/hosts
 //!  identity┘   machine_id   /etc/machine-id
 //!              ssh          host keys from the identity's seed
+//!              seed         the random generator's seed
+//!              regional     time zone, locale, keymap, hardware clock
 //!              accounts     users, root's password and login, authorized keys, sudo
 //!              network      one back-end's files, names by MAC, resolv.conf; what would shadow them is removed
 //!              fstab        the root line, and those of further devices
+//!              cloud_init   what cloud-init must not undo
 //!              files        what the caller wants besides
 //!              applied      /.cloudlet/applied_config, without secrets
 //! ```
@@ -26,6 +29,8 @@
 
 pub mod accounts;
 pub mod applied;
+pub mod cloud_init;
+pub mod cloud_seed;
 pub mod config;
 pub mod decode;
 pub mod enablement;
@@ -36,6 +41,7 @@ pub mod identity;
 pub mod machine_id;
 pub mod network;
 pub mod plan;
+pub mod regional;
 pub mod report;
 pub mod resolv;
 pub mod scrub;
@@ -95,6 +101,8 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     let hostname = hostname::write_hostname(&mut plan, facts, config)?;
     let machine_id = config.machine_id.clone().unwrap_or_else(|| identity.machine_id_hex());
     machine_id::write_machine_id(&mut plan, facts, &machine_id)?;
+    seed::write_random_seed(&mut plan, facts, config, identity)?;
+    regional::write_settings(&mut plan, facts, config)?;
     let ssh_host_keys = ssh::write_host_keys(&mut plan, facts, config, identity, hostname.as_ref().map(|name| name.as_str()))?;
     let users = accounts::write_accounts(&mut plan, facts, config, now)?;
     let network = match &config.network {
@@ -110,6 +118,9 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     for file in &config.files {
         plan.write_callers(&file.path, file.content.expose(), Attrs { mode: file.mode, uid: file.uid, gid: file.gid, xattrs: Vec::new() });
     }
+    let done =
+        cloud_init::Done { hostname: hostname.is_some(), host_keys: config.ssh_host_keys == config::HostKeys::Keep || !ssh_host_keys.is_empty() };
+    cloud_init::write_settings(&mut plan, facts, done)?;
     relabel_if_selinux(&mut plan, facts)?;
     applied::write_applied_config(&mut plan, config, secret_args, &machine_id, now)?;
     let (edits, changes, notes, warnings) = plan.finish();

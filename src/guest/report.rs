@@ -69,6 +69,8 @@ pub struct HostKeyReport {
     pub fingerprint: String,
     /// A line for known_hosts with all names and static addresses of the instance.
     pub known_hosts: String,
+    /// The key as a DNS record (RFC 4255) with its SHA-256 fingerprint, in a zone file's syntax; `None` without a host name.
+    pub sshfp: Option<String>,
 }
 
 /// One user that was made or changed. Never a hash.

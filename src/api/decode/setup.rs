@@ -17,9 +17,17 @@ use crate::{
 /// Decodes it; `field` is where the configuration stands in the request.
 pub(super) fn setup(field: &str, message: &proto::InstanceConfig) -> Result<GuestSetup> {
     let at = |rest: &str| format!("{field}.{rest}");
+    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     Ok(GuestSetup {
         users: list(&at("users"), &message.users, user)?,
         root_login: optional(&at("root_login"), &message.root_login)?.unwrap_or_default(),
+        ssh_host_key_types: list(&at("ssh_host_key_types"), &message.ssh_host_key_types, |field, text| parsed(field, text))?,
+        timezone: text(&message.timezone),
+        locale: text(&message.locale),
+        keymap: text(&message.keymap),
+        hardware_clock: optional(&at("hardware_clock"), &message.hardware_clock)?,
+        scrub_skip: list(&at("scrub_skip"), &message.scrub_skip, |field, text| parsed(field, text))?,
+        scrub_also: list(&at("scrub_also"), &message.scrub_also, |field, text| parsed(field, text))?,
     })
 }
 
@@ -29,6 +37,13 @@ pub(super) fn canonical(message: &proto::InstanceConfig, hidden: &dyn Fn(&[u8]) 
     json!({
         "users": digest(proto::InstanceConfig { users: message.users.clone(), ..Default::default() }),
         "root_login": message.root_login,
+        "ssh_host_key_types": message.ssh_host_key_types,
+        "timezone": message.timezone,
+        "locale": message.locale,
+        "keymap": message.keymap,
+        "hardware_clock": message.hardware_clock,
+        "scrub_skip": message.scrub_skip,
+        "scrub_also": message.scrub_also,
     })
 }
 

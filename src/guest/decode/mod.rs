@@ -26,7 +26,9 @@
 //!   "files": [{"path": "/etc/motd", "content": "hi\n", "mode": "0644", "uid": 0, "gid": 0}],
 //!   "users": [{"name": "ada", "uid": 1000, "full_name": "Ada L", "home": "/home/ada", "shell": "/bin/bash", "groups": ["adm"], "sudo": "nopasswd",
 //!              "password_hash": "$6$…"}, {"name": "bob", "lock_password": true}],
-//!   "root_login": "keys-only"
+//!   "root_login": "keys-only", "ssh_host_key_types": ["ed25519", "ecdsa"],
+//!   "timezone": "Europe/Berlin", "locale": "de_DE.UTF-8", "keymap": "de", "hardware_clock": "utc",
+//!   "scrub_skip": ["dhcp"], "scrub_also": ["logs", "shell-history"]
 //! }
 //! ```
 //!

@@ -1,5 +1,7 @@
 //! The part of a document that becomes a [`GuestSetup`].
 
+use std::{fmt::Display, str::FromStr};
+
 use super::cursor::{Cursor, Fields};
 use crate::{
     error::Result,
@@ -14,7 +16,22 @@ pub(super) fn setup(fields: &mut Fields<'_>) -> Result<GuestSetup> {
     Ok(GuestSetup {
         users: fields.optional("users", |cursor| cursor.list(user))?.unwrap_or_default(),
         root_login: fields.optional("root_login", Cursor::parse)?.unwrap_or_default(),
+        ssh_host_key_types: parsed_list(fields, "ssh_host_key_types")?,
+        timezone: text(fields, "timezone")?,
+        locale: text(fields, "locale")?,
+        keymap: text(fields, "keymap")?,
+        hardware_clock: fields.optional("hardware_clock", Cursor::parse)?,
+        scrub_skip: parsed_list(fields, "scrub_skip")?,
+        scrub_also: parsed_list(fields, "scrub_also")?,
     })
+}
+
+fn text(fields: &mut Fields<'_>, name: &'static str) -> Result<Option<String>> {
+    fields.optional(name, |cursor| Ok(cursor.text()?.to_owned()))
+}
+
+fn parsed_list<T: FromStr<Err: Display>>(fields: &mut Fields<'_>, name: &'static str) -> Result<Vec<T>> {
+    Ok(fields.optional(name, |cursor| cursor.list(Cursor::parse))?.unwrap_or_default())
 }
 
 fn user(cursor: Cursor<'_>) -> Result<UserSetup> {

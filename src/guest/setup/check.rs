@@ -29,6 +29,19 @@ pub(crate) fn check(config: &InstanceConfig, add: &mut dyn FnMut(String, String)
         }
         check_account(&field, user, add);
     }
+    for (field, value, more) in [("timezone", &setup.timezone, "_/+-"), ("locale", &setup.locale, "_.@-"), ("keymap", &setup.keymap, "_.-")] {
+        let Some(value) = value else { continue };
+        if let Err(why) = check_word(value, more) {
+            add(field.into(), why);
+        }
+    }
+    for (field, list) in [("scrub_skip", &setup.scrub_skip), ("scrub_also", &setup.scrub_also)] {
+        let wanted = field == "scrub_skip";
+        for (index, operation) in list.iter().enumerate().filter(|(_, operation)| operation.is_default() != wanted) {
+            let why = if wanted { "is not done unless it is in scrub_also" } else { "is done unless it is in scrub_skip" };
+            add(format!("{field}[{index}]"), format!("{} {why}", operation.word()));
+        }
+    }
     if setup.root_login == RootLogin::No {
         if config.root_password_hash.is_some() {
             add("root_password_hash".into(), "is of no use: root_login is \"no\"".into());
@@ -37,6 +50,16 @@ pub(crate) fn check(config: &InstanceConfig, add: &mut dyn FnMut(String, String)
             add("authorized_keys.root".into(), "are of no use: root_login is \"no\"".into());
         }
     }
+}
+
+/// A word that needs no quotes in any file it goes to, and leads nowhere as part of a path.
+fn check_word(text: &str, more: &str) -> Result<(), String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || more.contains(c);
+    let parts_are_names = text.split('/').all(|part| !part.is_empty() && !part.starts_with(['.', '-']));
+    if text.len() <= 64 && text.chars().all(allowed) && parts_are_names {
+        return Ok(());
+    }
+    Err(format!("{:?} must have 1 to 64 letters, digits or any of {more:?}", text.chars().take(64).collect::<String>()))
 }
 
 fn check_account(field: &str, user: &UserSetup, add: &mut dyn FnMut(String, String)) {

@@ -8,7 +8,10 @@ use std::str::FromStr;
 
 pub(crate) use check::check;
 
-use crate::{guest::config::Secret, names::GuestPath};
+use crate::{
+    guest::{config::Secret, scrub::Operation},
+    names::GuestPath,
+};
 
 /// All of it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -17,6 +20,20 @@ pub struct GuestSetup {
     pub users: Vec<UserSetup>,
     /// How root may log in.
     pub root_login: RootLogin,
+    /// Which SSH host keys are made; Ed25519 and ECDSA when empty.
+    pub ssh_host_key_types: Vec<KeyType>,
+    /// Time zone, e.g. `Europe/Berlin`; the image's when not given.
+    pub timezone: Option<String>,
+    /// Locale, e.g. `de_DE.UTF-8`; the image's when not given.
+    pub locale: Option<String>,
+    /// Console keymap or keyboard layout, e.g. `de`; the image's when not given.
+    pub keymap: Option<String>,
+    /// What the hardware clock shows; the image's setting when not given.
+    pub hardware_clock: Option<HardwareClock>,
+    /// Operations of [`crate::guest::scrub`] that are left out although they are done unless said otherwise.
+    pub scrub_skip: Vec<Operation>,
+    /// Operations of [`crate::guest::scrub`] that are done besides.
+    pub scrub_also: Vec<Operation>,
 }
 
 /// One user.
@@ -94,6 +111,26 @@ pub enum RootLogin {
     No,
 }
 
+/// The kinds of SSH host keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyType {
+    /// Ed25519 (RFC 8709).
+    Ed25519,
+    /// ECDSA on NIST P-256 (RFC 5656).
+    Ecdsa,
+    /// RSA with 3072 bits. Takes a second or more to make.
+    Rsa,
+}
+
+/// What a machine's hardware clock shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HardwareClock {
+    /// UTC.
+    Utc,
+    /// Local time.
+    Local,
+}
+
 /// Makes [`FromStr`] and the list of words of an enum.
 macro_rules! words {
     ($type:ty, $($word:literal => $value:expr),+ $(,)?) => {
@@ -111,6 +148,8 @@ macro_rules! words {
 }
 
 words!(Sudo, "no" => Sudo::No, "password" => Sudo::WithPassword, "nopasswd" => Sudo::WithoutPassword);
+words!(KeyType, "ed25519" => KeyType::Ed25519, "ecdsa" => KeyType::Ecdsa, "rsa" => KeyType::Rsa);
+words!(HardwareClock, "utc" => HardwareClock::Utc, "local" => HardwareClock::Local);
 words!(RootLogin, "image" => RootLogin::Image, "keys-only" => RootLogin::KeysOnly, "password" => RootLogin::Password, "no" => RootLogin::No);
 
 impl Sudo {

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
     fs::{BuildParams, FsKind, Profile, Region, TreeBuilder, patch::BlockPatch},
-    guest::{config::InstanceConfig, identity::Identity, seed},
+    guest::{cloud_seed, config::InstanceConfig, identity::Identity},
     mapping::Filesystem,
     names::{Digest, GuestPath, MacAddr},
     progress::Progress,
@@ -86,8 +86,8 @@ pub fn prepare(device: &ResolvedDevice, size_bytes: u64, source: &Source<'_>, pr
         Content::Empty => {}
         Content::Seed(spec) => {
             let inputs =
-                seed::Inputs { spec, config: source.config, identity: source.identity, instance_uuid: source.instance_uuid, macs: source.macs };
-            let volume = seed::volume(&inputs).map_err(|error| error.under_field(&device.field))?;
+                cloud_seed::Inputs { spec, config: source.config, identity: source.identity, instance_uuid: source.instance_uuid, macs: source.macs };
+            let volume = cloud_seed::volume(&inputs).map_err(|error| error.under_field(&device.field))?;
             prepared.patch = fat::build(size_bytes, &volume).map_err(|error| error.under_field(&device.field))?;
         }
         Content::Swap { label } => prepared.patch.insert(0, swap_header(size_bytes, source.uuid, label).into()),

@@ -15,7 +15,7 @@ mod resolve;
 
 use crate::{
     fs::{FsKind, Profile},
-    guest::seed::SeedSpec,
+    guest::cloud_seed::SeedSpec,
     mapping::Role,
     names::{DeviceName, GuestPath, VolumeName},
     store::records::{VolumeKey, VolumeRecord},

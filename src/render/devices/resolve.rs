@@ -104,7 +104,7 @@ fn one(
     let filesystem =
         wanted.filesystem.or_else(|| base.and_then(|base| base.filesystem.as_ref()).map(|filesystem| filesystem.kind.unwrap_or_default()));
     let content = content_of(engine, &field, &name, role, filesystem, mount.is_some() || persistent, &wanted, base)?;
-    let fitting = |seed: &crate::guest::seed::SeedSpec| {
+    let fitting = |seed: &crate::guest::cloud_seed::SeedSpec| {
         // Beside the caller's bytes there are a few documents of some KiB; networks have bounds.
         fat::size_for([seed.user_data.expose().len() as u64, seed.vendor_data.expose().len() as u64, 256 << 10])
     };
