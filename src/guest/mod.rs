@@ -35,6 +35,7 @@ pub mod config;
 pub mod decode;
 pub mod enablement;
 pub mod facts;
+pub mod from_image;
 pub mod fstab;
 pub mod hostname;
 pub mod identity;
