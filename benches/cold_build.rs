@@ -25,7 +25,7 @@ use cloudletd::{
     names::{Digest, GuestPath},
     progress::Progress,
     render::golden::build_disk,
-    store::records::GoldenSpec,
+    store::records::{GoldenBoot, GoldenSpec},
     tree::{
         Entry, TreeSink, archive,
         collect::Collector,
@@ -108,6 +108,7 @@ fn build(tarball: &Path, directory: &Path, size: Bytes, keep: bool) -> Result<se
         layout: Layout::Bare,
         size_bytes: size.0,
         arch: "x86_64".into(),
+        boot: GoldenBoot::default(),
     };
     let golden = directory.join("golden");
     if golden.exists() {

@@ -19,6 +19,9 @@ readonly TEST=(
     qemu-img:qemu-utils ssh-keygen:openssh-client dropbearkey:dropbear-bin visudo:sudo file:file
     # Guests: emulator and a busybox without libraries.
     qemu-system-x86_64:qemu-system-x86 /usr/share/seabios/bios-256k.bin:seabios busybox:busybox-static cpio:cpio
+    # Boot loaders, and firmware to start them with.
+    grub-mkimage:grub-common /usr/lib/grub/i386-pc/boot.img:grub-pc-bin /usr/lib/grub/x86_64-efi/modinfo.sh:grub-efi-amd64-bin
+    /usr/share/OVMF/OVMF_CODE_4M.fd:ovmf
     # Mapping dialects: libvirt's schemas, xl's parser.
     virt-xml-validate:libvirt-clients xmllint:libxml2-utils /usr/share/libvirt/schemas/domain.rng:libvirt0 xl:xen-utils-common
     # Guests' own network tools, run in namespaces.

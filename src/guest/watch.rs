@@ -65,8 +65,10 @@ const LISTED: &[&str] = &[
     "/boot/*",
     "/boot/{grub,grub2,efi,loader,extlinux,syslinux}/*",
     "/boot/loader/entries/*",
+    "/{vmlinuz,initrd.img}",
+    "/etc/default/grub.d/*",
     "/usr/lib/modules/*",
-    "/usr/lib/modules/*/vmlinuz",
+    "/usr/lib/modules/*/{vmlinuz,initrd,initramfs.img}",
     "/usr/lib/systemd/network/*",
     "/etc/network/{if-up.d,if-pre-up.d,interfaces.d}/*",
 ];

@@ -15,12 +15,16 @@ use std::{
 use uuid::Uuid;
 
 use crate::{
+    boot::{
+        loaders::{HostLoaders, LoaderDigests},
+        prepare::{self, DiskBoot},
+    },
     disk::{DiskIds, DiskPlan, Layout, types},
     error::{Error, Kind, Result, Stage},
     fs::{BuildParams, BuiltFs, Filesystem, FsKind, Region, WriteObserver},
     guest::{facts::GuestFacts, watch::Watch},
     host::info::HostInfo,
-    manifest::volatile::Volatile,
+    manifest::{BootSpec, volatile::Volatile},
     names::{Digest, GuestPath},
     progress::Progress,
     render::{Engine, LOADED_GOLDENS_MAX, blocking, fetch::Fetched, now_secs, resolve::Resolved},
@@ -51,6 +55,8 @@ pub struct LoadedGolden {
     pub disk: GoldenDisk,
     /// What the tree contains.
     pub facts: GuestFacts,
+    /// How the disk can be started.
+    pub boot: DiskBoot,
 }
 
 /// The identities of a golden's own filesystem and disk.
@@ -190,12 +196,9 @@ impl Engine {
             let why = format!("has {size} bytes, its record says {}", record.spec.size_bytes);
             return Err(Error::new(Kind::Corrupt, Stage::Golden, path.display().to_string(), why).with_reason("GOLDEN_CORRUPT"));
         }
-        let facts_path = dir.join("facts.json");
-        let bytes = fs::read(&facts_path).map_err(|error| Error::io(Stage::Golden, facts_path.display().to_string(), "read the facts", error))?;
-        let facts = serde_json::from_slice(&bytes).map_err(|error| {
-            Error::new(Kind::Corrupt, Stage::Golden, facts_path.display().to_string(), "the facts are not readable").with_source(error)
-        })?;
-        let golden = Arc::new(LoadedGolden { disk: GoldenDisk { path, size_bytes: size, digest: record.digest }, record, facts });
+        let facts = read_json(&dir.join("facts.json"))?;
+        let boot = read_json(&dir.join("boot.json"))?;
+        let golden = Arc::new(LoadedGolden { disk: GoldenDisk { path, size_bytes: size, digest: record.digest }, record, facts, boot });
         let mut loaded = self.loaded.lock().expect("no panic while holding loaded goldens");
         if loaded.len() >= LOADED_GOLDENS_MAX {
             loaded.remove(0);
@@ -275,7 +278,7 @@ pub struct BuiltDisk {
     pub allocated: u64,
 }
 
-/// Makes `disk.raw` and `facts.json` in the directory `dir` from the tarball `blob`, both durable when this returns. `declared` is how the tarball is said to be
+/// Makes `disk.raw`, `facts.json` and `boot.json` in the directory `dir` from the tarball `blob`, all durable when this returns. `declared` is how the tarball is said to be
 /// compressed; the bytes decide when nobody said. On an error unfinished files stay behind in `dir`.
 pub fn build_disk(
     dir: &Path,
@@ -312,12 +315,13 @@ pub fn build_disk(
     builder.observe(Arc::new(Paced { observer: Arc::clone(&follower), pacer: Arc::clone(pacer), progress: progress.clone() }));
     let facts = stream_tree(blob, declared, spec, progress, &mut *builder)?;
     let filesystem = builder.finish()?;
-    plan.write_table(&Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes })?;
+    let whole = Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes };
+    plan.write_table(&whole)?;
+    let loaders = loaders_of(spec, dir)?;
+    let boot = prepare::prepare(&plan, &whole, spec.filesystem, &facts, &boot_spec(spec), &loaders, ids.disk)?;
     follower.forget(0..root.offset);
     follower.forget(root.offset + root.len..spec.size_bytes);
-    let facts_path = dir.join("facts.json");
-    let facts = serde_json::to_vec(&facts)
-        .map_err(|error| Error::internal(Stage::Golden, facts_path.display().to_string(), "encode facts").with_source(error))?;
+    let documents = [("facts.json", encode(&facts)?), ("boot.json", encode(&boot)?)];
     disk.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("make the disk read-only"))?;
     // The digest needs the bytes, not the disk: what of it is left is computed while the kernel writes them out.
     let digest = std::thread::scope(|scope| -> Result<Digest> {
@@ -326,10 +330,41 @@ pub fn build_disk(
         flush.join().map_err(|_| Error::internal(Stage::Golden, key.hex(), "the flushing thread panicked"))?.map_err(failed("flush the disk"))?;
         Ok(digest)
     })?;
-    write_durably(&facts_path, &facts)?;
+    for (name, bytes) in &documents {
+        write_durably(&dir.join(name), bytes)?;
+    }
     let allocated = disk.metadata().map_err(failed("read the allocated size"))?.blocks() * 512;
     sync_dir(dir)?;
     Ok(BuiltDisk { filesystem, digest, allocated })
+}
+
+/// The boot loaders that a golden's key was made with.
+fn loaders_of(spec: &GoldenSpec, scratch: &Path) -> Result<Arc<HostLoaders>> {
+    if spec.boot.loaders == LoaderDigests::default() {
+        return Ok(Arc::default());
+    }
+    let loaders = HostLoaders::of_host(&spec.arch, scratch)?;
+    if loaders.digests() != spec.boot.loaders {
+        let text = "the host's GRUB is not the one that this golden image was planned with";
+        return Err(Error::new(Kind::Unavailable, Stage::Golden, spec.key().hex(), text).with_reason("HOST_LOADERS_CHANGED"));
+    }
+    Ok(loaders)
+}
+
+/// What the manifest said about the kernel, as far as it is part of the key.
+fn boot_spec(spec: &GoldenSpec) -> BootSpec {
+    let path = |text: &Option<String>| text.as_deref().and_then(|text| GuestPath::new(text).ok());
+    BootSpec { kernel: path(&spec.boot.kernel), initrd: path(&spec.boot.initrd), cmdline: None }
+}
+
+fn encode(document: &impl serde::Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(document).map_err(|error| Error::internal(Stage::Golden, "golden", "encode what is known about it").with_source(error))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let object = || path.display().to_string();
+    let bytes = fs::read(path).map_err(|error| Error::io(Stage::Golden, object(), "read what is known about the golden image", error))?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::new(Kind::Corrupt, Stage::Golden, object(), "is not readable").with_source(error))
 }
 
 fn stream_tree(
@@ -406,10 +441,11 @@ fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
 }
 
 /// The ext4 profile a golden has when nobody says.
-pub fn default_profile(layout: Layout) -> crate::fs::Profile {
+pub fn default_profile(layout: Layout, loaders: &HostLoaders) -> crate::fs::Profile {
     match layout {
         Layout::Bare => crate::fs::Profile::Modern,
-        // The disk is started by GRUB, and hosts have GRUB 2.06.
+        // The disk is started by this GRUB, which said that it can read it.
+        Layout::Gpt if loaders.reads_checksum_seed => crate::fs::Profile::Modern,
         Layout::Gpt => crate::fs::Profile::Grub206,
     }
 }

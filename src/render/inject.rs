@@ -6,8 +6,13 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{
+    boot::{self, edits::BootEdits},
+    disk::{DiskIds, Layout},
     error::{Error, Result, Stage},
-    fs::{FsKind, Profile, edit::EditRequest},
+    fs::{
+        FsKind, Profile,
+        edit::{Edit, EditRequest},
+    },
     guest::{
         self,
         config::{InstanceConfig, Secret},
@@ -74,10 +79,15 @@ pub fn inject(
     let injection = guest::inject(&inputs)?;
     let templates: Vec<Value> = edits.iter().map(|edit| serde_json::json!({"path": edit.path.to_string(), "why": edit.why})).collect();
     edits.extend(injection.edits);
+    let boot = boot_edits(resolved, golden, filesystem_uuid, identity.disk_guid, &edits)?;
+    edits.extend(boot.edits);
     let mut report =
         serde_json::to_value(&injection.report).map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
     if !templates.is_empty() {
         report["templates"] = Value::Array(templates);
+    }
+    if let Some(boot) = boot.report {
+        report["boot"] = serde_json::to_value(boot).map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
     }
     let guest_identity = GuestIdentity {
         instance_uuid: Uuid::new_v5(&INSTANCE_NAMESPACE, config.instance.as_str().as_bytes()).to_string(),
@@ -94,6 +104,21 @@ pub fn inject(
         now,
     };
     Ok(Injected { request, report, identity: guest_identity, filesystem_uuid, disk_identity: identity.disk_guid })
+}
+
+/// What makes the disk of this instance boot. What something else writes already is left to it.
+fn boot_edits(resolved: &Resolved, golden: &LoadedGolden, root_uuid: Uuid, disk: Uuid, others: &[Edit]) -> Result<BootEdits> {
+    let spec = &golden.record.spec;
+    let inputs = boot::edits::Inputs {
+        facts: &golden.facts,
+        spec: resolved.image.manifest.boot(),
+        layout: spec.layout,
+        root_uuid,
+        root_partition: (spec.layout == Layout::Gpt).then(|| DiskIds::derived(disk).root),
+        arch: &spec.arch,
+        platform: None,
+    };
+    boot::edits::edits(&inputs, &|path| others.iter().any(|edit| edit.path.display() == path))
 }
 
 /// Every instance has a filesystem UUID of its own, except where giving it one means rewriting all metadata (ext4 checksums without a stored seed).

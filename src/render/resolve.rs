@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::{
+    boot::loaders::HostLoaders,
     disk::Layout,
     error::{Error, Kind, Result, Stage},
     fs::FsKind,
@@ -17,7 +18,7 @@ use crate::{
         golden, now_secs,
     },
     spec::{GoldenOptions, JobSpec, RenderSpec},
-    store::records::{GoldenSpec, ImageRecord, VolumeRecord},
+    store::records::{GoldenBoot, GoldenSpec, ImageRecord, VolumeRecord},
     target::{Place, Pool, VolumeFormat},
     tree::decompress::Compression,
     units::{Bytes, PATCH_BLOCK},
@@ -177,7 +178,12 @@ impl Engine {
         let (manifest, defaults) = (&image.manifest, &self.config.golden);
         let layout = options.layout.or(manifest.layout()).unwrap_or(defaults.layout);
         let filesystem = options.filesystem.or(manifest.filesystem()).unwrap_or(defaults.filesystem);
-        let profile = options.profile.or(manifest.profile()).unwrap_or_else(|| golden::default_profile(layout));
+        let arch = manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned();
+        let loaders = match layout {
+            Layout::Bare => Arc::default(),
+            Layout::Gpt => HostLoaders::of_host(&arch, &self.store.tmp())?,
+        };
+        let profile = options.profile.or(manifest.profile()).unwrap_or_else(|| golden::default_profile(layout, &loaders));
         let size = options.size_bytes.or(manifest.disk_size()).unwrap_or(defaults.size.0);
         let wrong = |why: String| Err(Error::field(Stage::Resolve, "spec.golden.size_bytes", why).with_reason("BAD_SIZE"));
         if !size.is_multiple_of(PATCH_BLOCK) {
@@ -204,7 +210,12 @@ impl Engine {
             bytes_per_inode: manifest.bytes_per_inode().unwrap_or(16384),
             layout,
             size_bytes: size,
-            arch: manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned(),
+            arch,
+            boot: GoldenBoot {
+                loaders: loaders.digests(),
+                kernel: manifest.boot().kernel.as_ref().map(ToString::to_string),
+                initrd: manifest.boot().initrd.as_ref().map(ToString::to_string),
+            },
         };
         Ok(PartialGoldenSpec { digest: image.record.rootfs_digest, template })
     }

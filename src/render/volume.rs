@@ -11,7 +11,7 @@ use crate::{
     disk::DiskPlan,
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
-    fs::{FsKind, Profile, Region, edit::Edit, patch::BlockPatch},
+    fs::{FsKind, Region, edit::Edit, patch::BlockPatch},
     guest::{
         config::{LinkKind, Secret},
         identity::Identity,
@@ -127,8 +127,21 @@ impl Engine {
         progress.enter(Stage::Target, 0);
         let mut staged: Vec<(Box<dyn Staged>, Option<Filesystem>)> = Vec::new();
         let image = open_root(golden)?;
+        let macs = prepared.nics.iter().map(|nic| (nic.name.clone(), nic.mac)).collect();
+        let source = content::Source {
+            store: &self.store,
+            render: render_id,
+            golden: image.as_ref(),
+            profile: golden.record.spec.profile,
+            now: prepared.now,
+            config: &render.spec.instance,
+            identity: &prepared.identity,
+            instance_uuid: &prepared.injected.identity.instance_uuid,
+            macs: &macs,
+        };
         for device in render.devices.iter().filter(|device| device.kept().is_none()) {
-            staged.push(self.stage_device(render_id, render, device, image.as_ref(), golden.record.spec.profile, &prepared, progress)?);
+            let uuid = device_uuid(&prepared.identity, device);
+            staged.push(self.stage_device(device, uuid, &source, progress)?);
         }
         let plan = VolumePlan {
             overwrite: render.spec.overwrite,
@@ -171,33 +184,18 @@ impl Engine {
 
     fn stage_device(
         &self,
-        render_id: &str,
-        render: &ResolvedRender,
         device: &ResolvedDevice,
-        image: Option<&Image>,
-        profile: Profile,
-        prepared: &Prepared,
+        uuid: uuid::Uuid,
+        source: &content::Source<'_>,
         progress: &Progress,
     ) -> Result<(Box<dyn Staged>, Option<Filesystem>)> {
-        let source = content::Source {
-            store: &self.store,
-            render: render_id,
-            golden: image,
-            profile,
-            uuid: device_uuid(&prepared.identity, device),
-            now: prepared.now,
-            config: &render.spec.instance,
-            identity: &prepared.identity,
-            instance_uuid: &prepared.injected.identity.instance_uuid,
-            macs: &prepared.nics.iter().map(|nic| (nic.name.clone(), nic.mac)).collect(),
-        };
-        let content = content::prepare(device, content::size_of(device)?, &source, progress)?;
+        let content = content::prepare(device, content::size_of(device)?, uuid, source, progress)?;
         let plan = VolumePlan {
             overwrite: device.overwrite,
             options: &device.options,
             pacer: Some(&self.pacer),
             replace: device.replaced().map(|record| &record.volume),
-            ..VolumePlan::new(&device.pool, &device.volume, &content.disk, &content.patch, render_id)
+            ..VolumePlan::new(&device.pool, &device.volume, &content.disk, &content.patch, source.render)
         };
         let staged = target_for(device.format).stage(&plan, progress).map_err(|error| error.under_field(&device.field))?;
         Ok((staged, content.filesystem.clone()))

@@ -7,6 +7,7 @@
 //!   blobs/HEX               root filesystem tarballs, named by the SHA-256 of their bytes, mode 0444
 //!   goldens/KEY/disk.raw    golden disks, sparse, mode 0444
 //!   goldens/KEY/facts.json  what the tree contains (guest::facts)
+//!   goldens/KEY/boot.json   how the disk can be started (boot::prepare)
 //!   tmp/                    everything unfinished; emptied at start
 //!   volumes/                the default pool, when none is configured
 //! ```

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    boot::loaders::LoaderDigests,
     disk::Layout,
     fs::{BuiltFs, FsKind, Profile},
     guest::config::Secret,
@@ -54,6 +55,20 @@ pub struct GoldenSpec {
     pub size_bytes: u64,
     /// Architecture, which decides the type GUID of a root partition.
     pub arch: String,
+    /// What of booting is part of the golden.
+    #[serde(default)]
+    pub boot: GoldenBoot,
+}
+
+/// The part of booting that decides bytes of a golden disk, or facts about it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct GoldenBoot {
+    /// Boot loaders of the host that are put on a disk with a partition table; none for a bare filesystem.
+    pub loaders: LoaderDigests,
+    /// Kernel that the manifest names.
+    pub kernel: Option<String>,
+    /// Initrd that the manifest names.
+    pub initrd: Option<String>,
 }
 
 /// Changes whenever the same [`GoldenSpec`] gives other bytes or other facts.
@@ -62,9 +77,23 @@ pub const GOLDEN_FORMAT: u32 = 2;
 impl GoldenSpec {
     /// The golden key: a hash of every field and of [`GOLDEN_FORMAT`].
     pub fn key(&self) -> Digest {
-        let GoldenSpec { rootfs, volatile, templates, filesystem, profile, label, bytes_per_inode, layout, size_bytes, arch } = self;
-        let value =
-            serde_json::json!([GOLDEN_FORMAT, rootfs, volatile, templates, filesystem, profile, label, bytes_per_inode, layout, size_bytes, arch]);
+        let GoldenSpec { rootfs, volatile, templates, filesystem, profile, label, bytes_per_inode, layout, size_bytes, arch, boot } = self;
+        let GoldenBoot { loaders: LoaderDigests { bios, efi }, kernel, initrd } = boot;
+        let boot = serde_json::json!([bios, efi, kernel, initrd]);
+        let value = serde_json::json!([
+            GOLDEN_FORMAT,
+            rootfs,
+            volatile,
+            templates,
+            filesystem,
+            profile,
+            label,
+            bytes_per_inode,
+            layout,
+            size_bytes,
+            arch,
+            boot
+        ]);
         Digest::of(value.to_string().as_bytes())
     }
 }

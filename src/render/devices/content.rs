@@ -64,8 +64,6 @@ pub struct Source<'a> {
     pub golden: Option<&'a Image>,
     /// Features of the root filesystem, which those of a device follow.
     pub profile: Profile,
-    /// The identity of the device's filesystem or swap space.
-    pub uuid: Uuid,
     /// Stamped on what is made.
     pub now: Timestamp,
     /// What the instance is told.
@@ -78,8 +76,8 @@ pub struct Source<'a> {
     pub macs: &'a BTreeMap<String, MacAddr>,
 }
 
-/// Makes the content of a device of `size_bytes`.
-pub fn prepare(device: &ResolvedDevice, size_bytes: u64, source: &Source<'_>, progress: &Progress) -> Result<Prepared> {
+/// Makes the content of a device of `size_bytes`; `uuid` is the identity of its filesystem or swap space.
+pub fn prepare(device: &ResolvedDevice, size_bytes: u64, uuid: Uuid, source: &Source<'_>, progress: &Progress) -> Result<Prepared> {
     let path = source.store.tmp().join(format!("device-{}-{}", source.render, device.name));
     let (file, mut prepared) = empty(path, size_bytes)?;
     match &device.content {
@@ -90,11 +88,11 @@ pub fn prepare(device: &ResolvedDevice, size_bytes: u64, source: &Source<'_>, pr
             let volume = cloud_seed::volume(&inputs).map_err(|error| error.under_field(&device.field))?;
             prepared.patch = fat::build(size_bytes, &volume).map_err(|error| error.under_field(&device.field))?;
         }
-        Content::Swap { label } => prepared.patch.insert(0, swap_header(size_bytes, source.uuid, label).into()),
+        Content::Swap { label } => prepared.patch.insert(0, swap_header(size_bytes, uuid, label).into()),
         Content::Filesystem { kind, label, profile, bytes_per_inode } => {
             let params = BuildParams {
-                uuid: source.uuid.into_bytes(),
-                hash_seed: Uuid::new_v5(&source.uuid, b"hash-seed").into_bytes(),
+                uuid: uuid.into_bytes(),
+                hash_seed: Uuid::new_v5(&uuid, b"hash-seed").into_bytes(),
                 label: label.clone(),
                 profile: profile.unwrap_or(source.profile),
                 epoch_secs: source.now.secs,
@@ -105,7 +103,7 @@ pub fn prepare(device: &ResolvedDevice, size_bytes: u64, source: &Source<'_>, pr
             let mut builder = filesystem(*kind).builder(&params, region, progress)?;
             fill(device, *kind, source, &mut *builder, progress)?;
             builder.finish()?;
-            prepared.filesystem = Some(Filesystem { kind: *kind, uuid: source.uuid.to_string(), label: label.clone(), offset_bytes: 0, size_bytes });
+            prepared.filesystem = Some(Filesystem { kind: *kind, uuid: uuid.to_string(), label: label.clone(), offset_bytes: 0, size_bytes });
         }
     }
     Ok(prepared)

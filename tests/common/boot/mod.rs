@@ -5,6 +5,9 @@
 //! - [`Start::Fast`]: a small initramfs mounts the disk, switches to it and runs the guest's own network tool by hand. 5 to 10 seconds.
 //! - [`Start::Full`]: the image's own initrd and systemd up to multi-user. Tens of seconds.
 //!
+//! and one without: [`Start::Firmware`] starts the disk's own boot loader, which finds kernel and initrd in the image. The kernel's arguments are the
+//! disk's too: the image has to be made with [`firmware_cmdline`].
+//!
 //! Nothing is written to the guest's tree for this, and by default the disk is not changed either: QEMU writes to a temporary snapshot.
 //! The guest reports on the second serial port, so that kernel messages on the first cannot cut into it.
 //!
@@ -74,7 +77,29 @@ pub enum Start {
     Fast,
     /// The image's own initrd, systemd, multi-user.
     Full,
+    /// Firmware, the disk's boot loader, the image's kernel and initrd, then the network tool by hand.
+    Firmware(Firmware),
 }
+
+/// What a virtual PC starts from its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Firmware {
+    /// SeaBIOS.
+    Bios,
+    /// OVMF.
+    Uefi,
+    /// OVMF with Microsoft's keys enrolled, which starts signed programs only.
+    SecureBoot,
+}
+
+/// `boot.cmdline` of a manifest whose disks are started by [`Start::Firmware`]. `files` are read in the guest as [`Guest::file`] has them.
+pub fn firmware_cmdline(fixture: &str, files: &[&str]) -> String {
+    let tool = fixture.rsplit('-').next().unwrap_or("none");
+    format!("rw {CMDLINE} boot.tool={tool} boot.settle=60 boot.files={} init=/bin/sh -- {REPORT_DISK}", files.join(","))
+}
+
+/// The disk that the guest's shell reads as a script.
+const REPORT_DISK: &str = "/dev/disk/by-id/virtio-bootreport";
 
 /// What is at the other end of the guest's NICs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,15 +204,18 @@ impl<'a> Guest<'a> {
         let answers = scratch.path().join("report.txt");
         File::create(&answers).expect("make the report file");
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-accel", "tcg", "-machine", "pc,usb=off", "-cpu", CPU, "-smp", "1", "-m", "768"])
+        let machine = if self.start == Start::Firmware(Firmware::SecureBoot) { "q35,usb=off,smm=on" } else { "pc,usb=off" };
+        qemu.args(["-accel", "tcg", "-machine", machine, "-cpu", CPU, "-smp", "1", "-m", "768"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"])
             .args(["-chardev", &format!("file,id=console,path={}", console.display()), "-serial", "chardev:console"])
-            .args(["-chardev", &format!("file,id=report,path={}", answers.display()), "-serial", "chardev:report"])
-            .arg("-kernel")
-            .arg(&fixture.kernel)
-            .arg("-initrd")
-            .arg(self.initrd(&fixture, scratch.path()))
-            .args(["-append", &self.kernel_cmdline()]);
+            .args(["-chardev", &format!("file,id=report,path={}", answers.display()), "-serial", "chardev:report"]);
+        match self.start {
+            Start::Fast | Start::Full => {
+                qemu.arg("-kernel").arg(&fixture.kernel).arg("-initrd").arg(self.initrd(&fixture, scratch.path()));
+                qemu.args(["-append", &self.kernel_cmdline()]);
+            }
+            Start::Firmware(firmware) => add_firmware(&mut qemu, firmware, scratch.path()),
+        }
         self.add_disks(&mut qemu, scratch.path());
         self.add_nics(&mut qemu);
         let errors = scratch.path().join("qemu.log");
@@ -208,7 +236,7 @@ impl<'a> Guest<'a> {
 
     fn initrd(&self, fixture: &fixture::Fixture, scratch: &Path) -> PathBuf {
         match self.start {
-            Start::Full => fixture.initrd.clone(),
+            Start::Full | Start::Firmware(_) => fixture.initrd.clone(),
             Start::Fast => {
                 let path = scratch.join("initramfs.cpio");
                 fs::write(&path, initramfs::build(fixture, self.filesystem)).expect("write the initramfs");
@@ -222,7 +250,7 @@ impl<'a> Guest<'a> {
         let mut words = format!("{CMDLINE} {} boot.tool={} boot.settle={}", self.cmdline, self.tool, self.settle_seconds);
         match self.start {
             Start::Fast => words += &format!(" boot.root={} boot.fs={}", self.root_device, self.filesystem),
-            Start::Full => {
+            Start::Full | Start::Firmware(_) => {
                 if !self.cmdline.contains("root=") {
                     words += &format!(" root={} rw", self.root_device);
                 }
@@ -233,7 +261,7 @@ impl<'a> Guest<'a> {
         }
         if self.start == Start::Full {
             // What follows the two dashes are arguments of init: the second disk is a shell script.
-            words += " init=/bin/sh -- /dev/disk/by-id/virtio-bootreport";
+            words += &format!(" init=/bin/sh -- {REPORT_DISK}");
         }
         assert!(words.len() < 2047, "the kernel takes 2047 bytes of command line");
         words
@@ -249,9 +277,9 @@ impl<'a> Guest<'a> {
                 qemu.args(args);
             }
         }
-        if self.start == Start::Full {
+        if self.start != Start::Fast {
             let script = scratch.join("report.sh");
-            let mut text = full_boot_script();
+            let mut text = if self.start == Start::Full { full_boot_script() } else { firmware_boot_script() };
             // A block device has whole sectors; newlines are harmless to the shell that reads them.
             text.push_str(&"\n".repeat(text.len().next_multiple_of(4096) - text.len()));
             fs::write(&script, text).expect("write the report script");
@@ -271,6 +299,38 @@ impl<'a> Guest<'a> {
             qemu.args(["-device", &format!("virtio-net-pci,netdev=net{index},mac={mac},romfile=")]);
         }
     }
+}
+
+/// The pflash chips of OVMF; SeaBIOS is there by itself. Variables are a copy: the firmware writes them.
+fn add_firmware(qemu: &mut Command, firmware: Firmware, scratch: &Path) {
+    let (code, variables) = match firmware {
+        Firmware::Bios => return,
+        Firmware::Uefi => ("OVMF_CODE_4M.fd", "OVMF_VARS_4M.fd"),
+        Firmware::SecureBoot => ("OVMF_CODE_4M.secboot.fd", "OVMF_VARS_4M.ms.fd"),
+    };
+    let from = Path::new("/usr/share/OVMF");
+    let own = scratch.join("vars.fd");
+    fs::copy(from.join(variables), &own).unwrap_or_else(|error| panic!("copy {variables}: {error} (install ovmf)"));
+    qemu.args(["-drive", &format!("if=pflash,unit=0,format=raw,readonly=on,file={}", from.join(code).display())]);
+    qemu.args(["-drive", &format!("if=pflash,unit=1,format=raw,file={}", own.display())]);
+    if firmware == Firmware::SecureBoot {
+        qemu.args(["-global", "driver=cfi.pflash01,property=secure,value=on"]);
+    }
+}
+
+/// Prepares what the report needs and becomes it, as PID 1; powers off by the kernel, since there is no busybox.
+fn firmware_boot_script() -> String {
+    let report = initramfs::report_script();
+    format!(
+        r#"mkdir -p /run/boot
+printf '#!/bin/sh\necho o >/proc/sysrq-trigger\nsleep 60\n' >/run/boot/busybox
+chmod 0755 /run/boot/busybox
+cat >/run/boot/report.sh <<'END-OF-REPORT-SCRIPT'
+{report}
+END-OF-REPORT-SCRIPT
+exec /bin/sh /run/boot/report.sh
+"#
+    )
 }
 
 /// Becomes init for a moment: adds a unit below /run, which systemd keeps, and hands over to the real init.

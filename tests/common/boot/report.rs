@@ -123,6 +123,10 @@ impl Report {
         let mut items: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for line in raw.lines() {
             let (key, value) = line.trim_end().split_once(' ').unwrap_or((line.trim_end(), ""));
+            // UEFI firmware and GRUB draw on every serial port before the guest has it.
+            if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_') {
+                continue;
+            }
             let bytes = STANDARD.decode(value).unwrap_or_else(|error| panic!("report line {line:?}: {error}\n{console}"));
             items.entry(key.to_owned()).or_default().push(String::from_utf8_lossy(&bytes).into_owned());
         }

@@ -20,6 +20,8 @@ for word in $(cat /proc/cmdline); do
 done
 settle=${settle:-60}
 stty -F $out raw -echo
+# What firmware has drawn there may not end with a line.
+echo >$out
 
 # Waits until a command succeeds. until_true SECONDS COMMAND...
 until_true() {

@@ -1,0 +1,88 @@
+//! Makes a golden disk bootable: boot loaders into the places that its partition table has for them.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    boot::{
+        embed,
+        esp::{self, EfiProgram, TreeReader},
+        kernels::{self, Kernel},
+        loaders::HostLoaders,
+    },
+    disk::{DiskPlan, Layout, fat},
+    error::Result,
+    ext4::read::Image,
+    fs::{FsKind, Region},
+    guest::facts::GuestFacts,
+    manifest::BootSpec,
+};
+
+/// How a golden disk can be started; kept beside it as `boot.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DiskBoot {
+    /// The kernels of the image, the one to start first.
+    pub kernels: Vec<Kernel>,
+    /// Whether the disk starts by BIOS: GRUB is embedded.
+    pub bios: bool,
+    /// Who UEFI firmware starts, if the disk can be started by it.
+    pub efi: Option<EfiProgram>,
+    /// Why something is not there.
+    pub notes: Vec<String>,
+}
+
+/// Puts boot loaders on `disk`, whose filesystem and partition table are finished. A disk that can't be started by this or that firmware is no error:
+/// the answer says so, and [`crate::boot::check`] refuses platforms that need it. `identity`: where the ESP's volume id comes from.
+pub fn prepare(
+    plan: &DiskPlan,
+    disk: &Region,
+    filesystem: FsKind,
+    facts: &GuestFacts,
+    spec: &BootSpec,
+    loaders: &HostLoaders,
+    identity: Uuid,
+) -> Result<DiskBoot> {
+    let mut boot = DiskBoot { kernels: kernels::find(facts, spec), ..DiskBoot::default() };
+    if plan.layout() == Layout::Bare {
+        return Ok(boot);
+    }
+    let has_kernel = !boot.kernels.is_empty();
+    match &loaders.bios {
+        Some(bios) if has_kernel => {
+            let area = embed::bios_area(bios, embed::bios_partition(plan)?)?;
+            embed::write_bios(plan, disk, &area)?;
+            boot.bios = true;
+        }
+        Some(_) => boot.notes.push("BIOS: the image has no kernel in /boot".into()),
+        None => boot.notes.push("BIOS: this host has no GRUB for it (Debian: grub-common, grub-pc-bin)".into()),
+    }
+    let image = match filesystem {
+        FsKind::Ext4 => {
+            let root = plan.root();
+            Some(Image::open(&Region { file: std::sync::Arc::clone(&disk.file), offset: disk.offset + root.offset, len: root.len })?)
+        }
+        // Only a kernel reads these, and none is asked to.
+        FsKind::Xfs | FsKind::Btrfs => {
+            boot.notes.push(format!("UEFI: programs of the image are not looked for in {}", filesystem.name()));
+            None
+        }
+    };
+    match esp::choose(image.as_ref().map(|image| image as &dyn TreeReader), loaders, has_kernel)? {
+        Some(esp) => {
+            boot.efi = Some(esp.program.clone());
+            let extent = plan.esp().map_or(0, |extent| extent.len);
+            embed::write_esp(plan, disk, &fat::build(extent, &esp.volume(volume_id(identity)))?)?;
+        }
+        None if has_kernel => {
+            boot.notes.push("UEFI: this host has no GRUB for it (Debian: grub-common, grub-efi-amd64-bin) and the image no shim".into())
+        }
+        None => boot.notes.push("UEFI: the image has no kernel in /boot and no unified kernel image".into()),
+    }
+    Ok(boot)
+}
+
+/// The volume id of an ESP, from the identity of its disk.
+pub fn volume_id(identity: Uuid) -> u32 {
+    let id = Uuid::new_v5(&identity, b"esp-volume").into_bytes();
+    u32::from_be_bytes([id[0], id[1], id[2], id[3]])
+}
