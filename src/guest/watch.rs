@@ -45,6 +45,7 @@ const LISTED: &[&str] = &[
     "/etc/sysconfig/network-scripts/ifup-eth",
     "/etc/cloud/cloud-init.disabled",
     "/var/lib/cloud/seed/*",
+    "/etc/udev/rules.d/*persistent-net*",
     // What starts at boot.
     "/usr/lib/systemd/system/{systemd-networkd,systemd-resolved,NetworkManager,networking,network,dhcpcd,wicked,ssh,sshd}*",
     "/usr/lib/systemd/system/systemd-network-generator.service",

@@ -254,6 +254,7 @@ pub fn leap_wicked() -> GuestFacts {
         ("/etc/sysconfig/network/ifcfg-eth0", Text("BOOTPROTO='dhcp'\nSTARTMODE='auto'\n")),
         ("/etc/sysconfig/network/ifroute-eth0", Text("default 10.0.0.1 - -\n")),
         ("/var/lib/wicked/lease-eth0-dhcp-ipv4.xml", Present),
+        ("/etc/udev/rules.d/85-persistent-net-cloud-init.rules", Present),
     ];
     cloud_init(&mut lines);
     systemd(&mut lines);

@@ -22,6 +22,7 @@ pub fn pin_names(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network) -> 
     if pinned.is_empty() {
         return Ok(());
     }
+    remove_persistent_rules(plan, facts)?;
     if !has_udev(facts) {
         plan.notes
             .push("interface names are not pinned to MACs: the image has no udev, the kernel names interfaces eth0, eth1, … in bus order".into());
@@ -53,6 +54,16 @@ pub fn pin_names(plan: &mut Plan<'_>, facts: &GuestFacts, network: &Network) -> 
         plan.notes.push(format!(
             "{kernel_names} interfaces are pinned to names of the kernel's own (ethN): udev can't swap two of them if the NICs come up in another order"
         ));
+    }
+    Ok(())
+}
+
+/// Rules of generations of generators, cloud-init's among them: they name NICs by addresses of the machine that the image was made on, and udev
+/// would take them before a .link file.
+fn remove_persistent_rules(plan: &mut Plan<'_>, facts: &GuestFacts) -> Result<()> {
+    let Some((directory, _)) = facts.resolve("/etc/udev/rules.d") else { return Ok(()) };
+    for (file, _) in facts.children(&directory).filter(|(file, _)| file.contains("persistent-net") && file.ends_with(".rules")) {
+        plan.remove(&format!("{directory}/{file}"), "names interfaces by another machine's hardware addresses")?;
     }
     Ok(())
 }
