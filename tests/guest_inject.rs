@@ -462,6 +462,7 @@ fn what_a_back_end_can_not_express_is_refused_and_not_left_out() {
         ("gentoo-netifrc", json!([{"name": "eth0"}, vlan("eth0.5"), {"name": "eth0_5"}]), "eth0_5"),
         ("centos-7-ifcfg", json!([{"name": "eth0"}, vlan("uplink")]), "eth0.5 or vlan5"),
         ("centos-7-ifcfg", json!([{"name": "eth0", "addresses": ["192.0.2.1/24"], "link_local": false}]), "link-local"),
+        ("rocky-9-network-manager", json!([{"name": "eth0", "addresses": ["2001:db8::1/64"], "link_local": false}]), "link-local"),
     ] {
         let error = try_with(&tree(name), &config(json!({"network": {"interfaces": interfaces}})), &[]).expect_err(what);
         assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "NETWORK_NOT_EXPRESSIBLE"), "{name}");

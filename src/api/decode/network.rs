@@ -110,3 +110,48 @@ fn route(field: &str, message: &proto::Route) -> Result<Route> {
         on_link: message.on_link,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field_of(message: &proto::Network) -> String {
+        network("n", message).expect_err("refused").violations()[0].field.clone()
+    }
+
+    fn nic(name: &str) -> proto::Interface {
+        proto::Interface { name: name.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn links_and_routes_are_read_and_their_errors_have_a_path() {
+        let bond = proto::Bond { members: vec!["eth0".into()], mode: "802.3ad".into(), lacp_rate: "fast".into(), ..Default::default() };
+        let route = proto::Route { to: "default".into(), via: "2001:db8::1".into(), table: Some(7), ..Default::default() };
+        let link = proto::Interface { bond: Some(bond.clone()), routes: vec![route.clone()], ..nic("bond0") };
+        let message = proto::Network { interfaces: vec![nic("eth0"), link.clone()], backend: "wicked".into(), ..Default::default() };
+        let decoded = network("n", &message).expect("valid");
+        assert_eq!(decoded.backend, Some(BackendKind::Wicked));
+        assert_eq!(decoded.interfaces[1].kind.name(), "bond");
+        assert_eq!(decoded.interfaces[1].routes[0].to.to_string(), "::/0");
+        for (interface, field) in [
+            (proto::Interface { bond: Some(proto::Bond { mode: "x".into(), ..bond.clone() }), ..nic("b") }, "n.interfaces[0].bond.mode"),
+            (proto::Interface { bond: Some(proto::Bond { members: vec!["a b".into()], ..bond }), ..nic("b") }, "n.interfaces[0].bond.members[0]"),
+            (proto::Interface { vlan: Some(proto::Vlan { id: 70_000, link: "eth0".into() }), ..nic("v") }, "n.interfaces[0].vlan.id"),
+            (proto::Interface { bridge: Some(proto::Bridge::default()), ..link }, "n.interfaces[0]"),
+            (proto::Interface { routes: vec![proto::Route { r#type: "nat".into(), ..route }], ..nic("e") }, "n.interfaces[0].routes[0].type"),
+        ] {
+            assert_eq!(field_of(&proto::Network { interfaces: vec![interface], ..Default::default() }), field);
+        }
+    }
+
+    #[test]
+    fn a_document_stands_alone_but_for_the_back_end() {
+        let message =
+            proto::Network { document: "{version: 2, ethernets: {eth0: {dhcp4: true}}}".into(), backend: "netplan".into(), ..Default::default() };
+        let decoded = network("n", &message).expect("valid");
+        assert!(decoded.interfaces[0].dhcp4 && decoded.backend == Some(BackendKind::Netplan));
+        assert_eq!(field_of(&proto::Network { search: vec!["example.com".into()], ..message.clone() }), "n.document");
+        let wrong = proto::Network { document: "{version: 2, ethernets: {eth0: {dhcp: 1}}}".into(), ..message };
+        assert_eq!(field_of(&wrong), "n.document.ethernets.eth0.dhcp");
+    }
+}

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 
 use crate::{
-    error::Result,
+    error::{Error, Kind, Result, Stage},
     guest::{
         config::{BackendKind, Bond, Bridge, Interface, LinkKind, Network, RouteKind, Vlan},
         enablement::{State, unit_state},
@@ -58,6 +58,10 @@ impl NetRenderer for NetworkManager {
     fn render(&self, network: &Network, guest: &Guest<'_>) -> Result<Rendered> {
         let mut rendered = Rendered::default();
         for (interface, dns) in network.interfaces.iter().zip(link_dns(network)) {
+            if interface.link_local == Some(false) && interface.family(true).next().is_some() {
+                let message = format!("NetworkManager can't express IPv6 addresses without a link-local one (interface {})", interface.name);
+                return Err(Error::new(Kind::Unsupported, Stage::Inject, "network", message).with_reason("NETWORK_NOT_EXPRESSIBLE"));
+            }
             let path = format!("/etc/NetworkManager/system-connections/cloudlet-{}.nmconnection", interface.name);
             let uuid = guest.identity.uuid_of(&format!("network-manager:{}", interface.name));
             let content = keyfile(network, interface, &dns, &uuid.to_string(), &mut rendered.warnings).finish(&path)?;
