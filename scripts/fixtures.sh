@@ -5,6 +5,7 @@
 #   NAME.tar.zst   the root filesystem, as an image's tarball
 #   NAME.key       digest of the suite, the packages and this script: a fixture is rebuilt when it differs
 #   NAME/          kernel (vmlinuz), the image's own initrd (initrd.img), lib/modules: what a direct boot needs
+#   e2fsprogs-SUITE/   that release's e2fsck, the libraries it needs and their loader: judges of ext4 images besides the host's own
 # One base per suite holds the kernel and what all fixtures share, so that each further fixture costs seconds.
 # The mirror is the one apt is configured with on this machine; $CLOUDLETD_MIRROR overrides it.
 set -euo pipefail
@@ -33,10 +34,15 @@ fixture_packages() {
         trixie-ifupdown) echo ifupdown ;;
         # On trixie nothing but systemd itself: networkd without resolved.
         trixie-networkd) echo "" ;;
+        e2fsprogs-*) echo e2fsprogs ;;
         *) return 1 ;;
     esac
 }
-readonly FIXTURES=(bookworm-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd)
+# Releases whose e2fsck judges images: 1.46.2 and 1.47.2; the host's own is another.
+readonly FIXTURES=(bookworm-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd
+    e2fsprogs-bullseye e2fsprogs-trixie)
+# Where releases go that mirrors no longer carry.
+readonly OLD_RELEASES=http://archive.debian.org/debian
 # The cloud kernel has virtio, ext4, xfs and btrfs at a third of the size of the full one. openssh-server brings host keys
 # that every instance must lose.
 readonly BASE_PACKAGES=linux-image-cloud-amd64,iproute2,openssh-server,systemd-sysv,udev,dbus,kmod,netbase,ca-certificates
@@ -134,6 +140,33 @@ make_fixture() { # NAME
     echo "$name: made in $((SECONDS - started)) s, $(stat --format=%s "$dir/$name.tar.zst") bytes"
 }
 
+# extract SUITE MIRROR DIRECTORY: e2fsprogs and what it depends on, unpacked and not configured
+extract() {
+    mmdebstrap --mode=root --quiet --variant=extract --include=e2fsprogs --skip=check/empty \
+        --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' "$1" "$3" "$2"
+}
+
+# A directory to run from: DIRECTORY/ld-linux* --library-path DIRECTORY DIRECTORY/e2fsck.
+make_e2fsprogs() { # NAME
+    local name=$1 suite=${1#*-} key started=$SECONDS tree=$dir/.$1.tree
+    key=$(key_of "$suite" e2fsprogs extract make_e2fsprogs)
+    exec {own}>"$dir/.$name.lock"
+    flock "$own"
+    if [[ -x $dir/$name/e2fsck && $(cat "$dir/$name.key" 2>/dev/null) == "$key" ]]; then
+        echo "$name: cached"
+        return
+    fi
+    rm -rf "$tree" "$dir/.$name.d" "$dir/$name.key" "${dir:?}/$name"
+    extract "$suite" "$mirror" "$tree" || { rm -rf "$tree"; extract "$suite" "$OLD_RELEASES" "$tree"; }
+    mkdir "$dir/.$name.d"
+    # -L: some are links, and absolute ones would lead out of the tree.
+    find "$tree" '(' -path '*/sbin/e2fsck' -o -path '*/lib/*/ld-linux*' -o -path '*/lib/*/lib*.so.*' ')' ! -type d -exec cp -L --preserve=mode -t "$dir/.$name.d" {} +
+    rm -rf "$tree"
+    mv "$dir/.$name.d" "$dir/$name"
+    echo "$key" >"$dir/$name.key"
+    echo "$name: made in $((SECONDS - started)) s"
+}
+
 names=()
 for argument in "$@"; do
     case "$argument" in
@@ -160,7 +193,10 @@ for name in "${names[@]}"; do
         wait -n || failed=1
         running=$((running - 1))
     fi
-    make_fixture "$name" &
+    case "$name" in
+        e2fsprogs-*) make_e2fsprogs "$name" & ;;
+        *) make_fixture "$name" & ;;
+    esac
     running=$((running + 1))
 done
 while (( running > 0 )); do

@@ -1,8 +1,13 @@
-//! The ext4 editor before its judges: e2fsck finds nothing, debugfs and the kernel read back what was written, the golden never changes.
-//! Needs root, loop devices and e2fsprogs.
+//! The ext4 editor before its judges: e2fsck of three releases finds nothing, debugfs and the kernel read back what was written, the golden never
+//! changes. Needs root, loop devices, e2fsprogs and what `scripts/fixtures.sh` needs.
 
 #[path = "root_ext4_edit/corners.rs"]
 mod corners;
+#[path = "common/e2fsck.rs"]
+mod e2fsck;
+#[path = "common/fixture.rs"]
+#[allow(dead_code, reason = "only e2fsck of other releases is used here")]
+mod fixture;
 #[path = "root_ext4_edit/hostile.rs"]
 mod hostile;
 #[path = "root_ext4_edit/model.rs"]

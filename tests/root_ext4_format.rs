@@ -1,5 +1,11 @@
-//! The ext4 formatter before its judges: e2fsck, dumpe2fs, debugfs, resize2fs and the kernel. Needs root (loop mounts) and e2fsprogs.
+//! The ext4 formatter before its judges: e2fsck of three releases, dumpe2fs, debugfs, resize2fs and the kernel. Needs root (loop mounts), e2fsprogs
+//! and what `scripts/fixtures.sh` needs.
 
+#[path = "common/e2fsck.rs"]
+mod e2fsck;
+#[path = "common/fixture.rs"]
+#[allow(dead_code, reason = "only e2fsck of other releases is used here")]
+mod fixture;
 #[path = "root_ext4_format/geometry.rs"]
 mod geometry;
 #[path = "root_ext4_format/limits.rs"]

@@ -30,9 +30,9 @@ pub fn directory() -> PathBuf {
     std::env::var_os("CLOUDLETD_FIXTURES").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fixtures"), PathBuf::from)
 }
 
-/// The fixture of that name, made now if need be.
+/// Runs the script for a fixture unless this process has.
 #[track_caller]
-pub fn get(name: &str) -> Fixture {
+fn make(name: &str) {
     // The script's own check costs tens of milliseconds and forks; once per process is enough.
     static READY: Mutex<Option<HashSet<String>>> = Mutex::new(None);
     let mut ready = READY.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -48,6 +48,26 @@ pub fn get(name: &str) -> Fixture {
             panic!("fixture {name} could not be made: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
         }
     }
+}
+
+/// The command that runs e2fsck of another Debian release, by its own loader and with its own libraries.
+#[track_caller]
+pub fn e2fsck_of(suite: &str) -> Vec<PathBuf> {
+    let name = format!("e2fsprogs-{suite}");
+    make(&name);
+    let parts = directory().join(name);
+    let loader = fs::read_dir(&parts)
+        .unwrap_or_else(|error| panic!("read {}: {error}", parts.display()))
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"ld-linux")))
+        .unwrap_or_else(|| panic!("{} has no loader", parts.display()));
+    vec![loader, "--library-path".into(), parts.clone(), parts.join("e2fsck")]
+}
+
+/// The fixture of that name, made now if need be.
+#[track_caller]
+pub fn get(name: &str) -> Fixture {
+    make(name);
     let directory = directory();
     let parts = directory.join(name);
     let fixture = Fixture {

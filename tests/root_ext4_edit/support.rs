@@ -24,6 +24,8 @@ use cloudletd::{
 };
 use tempfile::TempDir;
 
+use crate::e2fsck;
+
 /// The time that all edits stamp: 2031-01-01, with nanoseconds.
 pub const NOW: Timestamp = Timestamp { secs: 1_924_992_000, nanos: 123_456_789 };
 
@@ -237,12 +239,10 @@ impl Edited {
         self.path.to_str().expect("utf-8")
     }
 
-    /// e2fsck -fn must find nothing at all.
+    /// No e2fsck may find anything at all.
     #[track_caller]
     pub fn fsck(&self) {
-        let output = run_any("e2fsck", &["-fn", self.str()]);
-        let (out, err) = (text(&output.stdout), text(&output.stderr));
-        assert!(output.status.code() == Some(0), "e2fsck -fn: {}\n{out}{err}", output.status);
+        e2fsck::assert_clean(&self.path);
     }
 
     pub fn image(&self) -> Image {

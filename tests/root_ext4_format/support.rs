@@ -20,6 +20,8 @@ use cloudletd::{
     units::Timestamp,
 };
 
+use crate::e2fsck;
+
 /// An entry with its data.
 #[derive(Clone)]
 pub struct Item {
@@ -134,8 +136,7 @@ impl Image {
 
     #[track_caller]
     pub fn assert_clean(&self) {
-        let (status, text) = fsck(&self.path);
-        assert_eq!(status, Some(0), "{text}");
+        e2fsck::assert_clean(&self.path);
     }
 
     #[track_caller]
@@ -195,13 +196,6 @@ pub fn run(tool: &str, args: &[&std::ffi::OsStr]) -> Output {
     let sbin = Path::new("/usr/sbin").join(tool);
     let program = if sbin.exists() { sbin } else { PathBuf::from(tool) };
     Command::new(program).args(args).env("LC_ALL", "C").output().unwrap_or_else(|e| panic!("{tool} is needed by this test: {e}"))
-}
-
-/// Exit status and output of `e2fsck -fn`.
-pub fn fsck(path: &Path) -> (Option<i32>, String) {
-    let output = run("e2fsck", &["-fn".as_ref(), path.as_os_str()]);
-    let text = [&output.stdout[..], &output.stderr].concat();
-    (output.status.code(), String::from_utf8_lossy(&text).into_owned())
 }
 
 /// What the sink's rules make of a list of items, in the plainest way.
