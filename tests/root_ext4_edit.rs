@@ -4,6 +4,7 @@
 #[path = "root_ext4_edit/corners.rs"]
 mod corners;
 #[path = "common/e2fsck.rs"]
+#[allow(dead_code, reason = "the formatter's tests use the rest")]
 mod e2fsck;
 #[path = "common/fixture.rs"]
 #[allow(dead_code, reason = "only e2fsck of other releases is used here")]

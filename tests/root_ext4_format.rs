@@ -10,6 +10,8 @@ mod fixture;
 mod geometry;
 #[path = "root_ext4_format/limits.rs"]
 mod limits;
+#[path = "root_ext4_format/peers_bugs.rs"]
+mod peers_bugs;
 #[path = "root_ext4_format/support.rs"]
 mod support;
 #[path = "root_ext4_format/trees.rs"]

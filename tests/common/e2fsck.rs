@@ -67,3 +67,12 @@ pub fn assert_clean(image: &Path) {
         assert_eq!(output.status.code(), Some(0), "{}: {text}", judge.version);
     }
 }
+
+/// The host's `e2fsck -fn` must find something. Gives what it says.
+#[track_caller]
+pub fn assert_damaged(image: &Path) -> String {
+    let output = judges()[0].run(&["-fn".as_ref(), image]);
+    let text = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
+    assert_ne!(output.status.code(), Some(0), "finds nothing: {text}");
+    text
+}
