@@ -7,6 +7,7 @@ set -euo pipefail
 [[ ${1:---help} != --help ]] || { sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tools=$root/target/tools
+command -v c++ >/dev/null || { echo "fuzz.sh: a C++ compiler is needed, libFuzzer being C++ (scripts/setup-debian.sh --test installs it)" >&2; exit 1; }
 readonly CARGO_FUZZ=0.13.2
 
 if [[ ! -e $tools/.cargo-fuzz-$CARGO_FUZZ ]]; then
