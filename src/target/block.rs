@@ -22,7 +22,9 @@ use crate::{
     target::{
         Place, Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         bulk::{self, Source},
-        extents, publish,
+        extents,
+        pace::Pace,
+        publish,
     },
     units::MIB,
 };
@@ -49,6 +51,8 @@ impl Target for Block {
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
         publish::validate(plan, self.format())?;
+        let pace = plan.pace(progress);
+        let _priority = pace.lower_priority();
         let golden = extents::open_golden(plan.golden)?;
         let claim = claim(plan.pool, plan.name, Access::Write)?;
         refuse_too_small(&claim, plan.patch.size_bytes())?;
@@ -72,8 +76,8 @@ impl Target for Block {
             bulk::cut(range.start.max(HEAD_BYTES)..range.end.max(HEAD_BYTES), range.start.max(HEAD_BYTES), &mut pieces);
         }
         progress.enter(Stage::Target, extents::total(&written));
-        staged.zero(&gaps, progress)?;
-        bulk::write(source, &pieces, &staged.claim.open_direct()?, &object, progress)?;
+        staged.zero(&gaps, pace)?;
+        bulk::write(source, &pieces, &staged.claim.open_direct()?, &object, pace)?;
         staged.flush("flush the data")?;
         Ok(Box::new(staged))
     }
@@ -140,12 +144,12 @@ impl StagedDevice {
         self.flush("flush the cleared first MiB")
     }
 
-    fn zero(&self, gaps: &[std::ops::Range<u64>], progress: &Progress) -> Result<()> {
+    fn zero(&self, gaps: &[std::ops::Range<u64>], pace: Pace<'_>) -> Result<()> {
         for gap in gaps {
             let mut at = gap.start;
             while at < gap.end {
-                progress.check()?;
-                let len = (gap.end - at).min(ZERO_BYTES_MAX);
+                let len = (gap.end - at).min(pace.request_bytes(ZERO_BYTES_MAX));
+                pace.take(len)?;
                 block::zero_range(self.claim.file(), at, len).map_err(|error| self.error(&format!("zero {len} bytes at {at}"), error))?;
                 at += len;
             }

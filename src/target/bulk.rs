@@ -20,8 +20,7 @@ use rustix::{fs::FallocateFlags, io::Errno};
 use crate::{
     error::{Error, Result, Stage},
     fs::patch::BlockPatch,
-    progress::Progress,
-    target::{extents, publish::StagedFile},
+    target::{extents, pace::Pace, publish::StagedFile},
     units::{MIB, PATCH_BLOCK},
 };
 
@@ -32,7 +31,7 @@ pub(super) const PIECE_BYTES_MAX: u64 = MIB;
 
 /// As [`write`], into a file that is new and sparse: the space is allocated first, in runs, so that the writers need not wait for each other inside the
 /// filesystem (ext4 and XFS serialise direct writes that allocate), and a lack of space shows at once.
-pub(super) fn write_new(source: Source<'_>, pieces: &[Piece], staged: &StagedFile, progress: &Progress) -> Result<()> {
+pub(super) fn write_new(source: Source<'_>, pieces: &[Piece], staged: &StagedFile, pace: Pace<'_>) -> Result<()> {
     let targets: Vec<Range<u64>> = pieces.iter().map(|piece| piece.to..piece.to + (piece.from.end - piece.from.start)).collect();
     for run in extents::union(&targets, &[]) {
         match rustix::fs::fallocate(staged.file(), FallocateFlags::KEEP_SIZE, run.start, run.end - run.start) {
@@ -40,9 +39,9 @@ pub(super) fn write_new(source: Source<'_>, pieces: &[Piece], staged: &StagedFil
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => break,
             Err(errno) => return Err(staged.error(format!("allocate {} bytes", run.end - run.start), errno.into())),
         }
-        progress.check()?;
+        pace.progress.check()?;
     }
-    write(source, pieces, &staged.open_direct()?, &staged.path().display().to_string(), progress)
+    write(source, pieces, &staged.open_direct()?, &staged.path().display().to_string(), pace)
 }
 
 /// Where the bytes come from.
@@ -91,22 +90,23 @@ pub(super) fn cut(from: Range<u64>, to: u64, pieces: &mut Vec<Piece>) {
 }
 
 /// Writes all pieces to `output`, which is open with `O_DIRECT`. Not durable yet. `object` is the output's name for messages.
-pub(super) fn write(source: Source<'_>, pieces: &[Piece], output: &File, object: &str, progress: &Progress) -> Result<()> {
+pub(super) fn write(source: Source<'_>, pieces: &[Piece], output: &File, object: &str, pace: Pace<'_>) -> Result<()> {
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let first_error = Mutex::new(None);
     let work = || -> Result<()> {
+        let _priority = pace.lower_priority();
         let mut memory = AlignedBuffer::new();
         while !stop.load(Ordering::Relaxed) {
             let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-            progress.check()?;
             let len = piece.from.end - piece.from.start;
+            pace.take(len)?;
             let buffer = memory.slice(len as usize);
             source
                 .read(buffer, piece.from.start)
                 .map_err(|error| Error::io(Stage::Target, object, format!("read the golden image at {}", piece.from.start), error))?;
             output.write_all_at(buffer, piece.to).map_err(|error| Error::io(Stage::Target, object, format!("write at {}", piece.to), error))?;
-            progress.add(len);
+            pace.progress.add(len);
         }
         Ok(())
     };
@@ -144,7 +144,14 @@ impl AlignedBuffer {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
+    use crate::{
+        host::sys,
+        progress::Progress,
+        target::{IoPriority, Pacer},
+    };
 
     #[test]
     fn pieces_cover_the_range_and_keep_its_distance() {
@@ -153,6 +160,37 @@ mod tests {
         let lens: Vec<u64> = pieces.iter().map(|piece| piece.from.end - piece.from.start).collect();
         assert_eq!(lens, [4096, MIB, MIB, 8192]);
         assert!(pieces.iter().all(|piece| piece.to - piece.from.start == 63 * MIB + 4096));
+    }
+
+    #[test]
+    fn the_threads_that_write_have_the_pacers_priority_and_keep_to_its_rate() {
+        let (golden, output) = (tempfile::tempfile().expect("golden"), tempfile::tempfile().expect("output"));
+        golden.set_len(12 * MIB).expect("size");
+        let mut pieces = Vec::new();
+        cut(0..12 * MIB, 0, &mut pieces);
+        let (patch, progress) = (BlockPatch::new(12 * MIB), Progress::default());
+        let pacer = Pacer::new(Some(16 * MIB), MIB, IoPriority::Low);
+        let begun = Instant::now();
+        let seen = std::thread::scope(|scope| {
+            let (source, pace) =
+                (Source { golden: &golden, golden_bytes: 12 * MIB, patch: &patch }, Pace { pacer: Some(&pacer), progress: &progress });
+            let (pieces, output) = (&pieces, &output);
+            let writing = scope.spawn(move || write(source, pieces, output, "output", pace).expect("writes"));
+            let mut seen = std::collections::BTreeSet::new();
+            while !writing.is_finished() {
+                for task in std::fs::read_dir("/proc/self/task").expect("lists").filter_map(std::result::Result::ok) {
+                    let Ok(name) = std::fs::read_to_string(task.path().join("comm")) else { continue };
+                    let tid: u32 = task.file_name().to_str().and_then(|tid| tid.parse().ok()).expect("a number");
+                    if name.starts_with("bulk-") && sys::io_priority(tid).is_ok_and(|value| value == 2 << 13 | 7) {
+                        seen.insert(name.trim().to_owned());
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            seen
+        });
+        assert!(seen.contains("bulk-1"), "{seen:?}");
+        assert!(begun.elapsed() >= Duration::from_millis(650), "11 of 12 MiB are paced: {:?}", begun.elapsed());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     options::{BackingPath, Compression, DirectIo, Preallocation, VolumeOptions, ZeroPolicy},
-    pace::{IoPriority, Pacer},
+    pace::{IoPriority, Pace, Pacer},
 };
 use crate::{
     error::Result,
@@ -135,6 +135,11 @@ impl<'a> VolumePlan<'a> {
     /// A plan with nothing chosen: empty places only, default options, no limits, nothing replaced.
     pub fn new(pool: &'a Pool, name: &'a VolumeName, golden: &'a GoldenDisk, patch: &'a BlockPatch, render: &'a str) -> Self {
         VolumePlan { pool, name, golden, patch, overwrite: false, render, options: &VolumeOptions::DEFAULT, pacer: None, replace: None }
+    }
+
+    /// What its bulk I/O is done under.
+    fn pace<'p>(&'p self, progress: &'p Progress) -> Pace<'p> {
+        Pace { pacer: self.pacer, progress }
     }
 }
 

@@ -98,11 +98,32 @@ impl Pacer {
     }
 }
 
-/// Waits for `pacer` if there is one; see [`Pacer::take`].
-pub fn take(pacer: Option<&Pacer>, bytes: u64, progress: &Progress) -> Result<()> {
-    match pacer {
-        Some(pacer) => pacer.take(bytes, progress),
-        None => progress.check(),
+/// What bulk I/O is done under: the limits, if any, and the job that may be cancelled.
+#[derive(Clone, Copy)]
+pub struct Pace<'a> {
+    /// The limits.
+    pub pacer: Option<&'a Pacer>,
+    /// The job.
+    pub progress: &'a Progress,
+}
+
+impl Pace<'_> {
+    /// Waits until `bytes` (1 MiB at most, or a cancel is noticed late) may be read or written; see [`Pacer::take`].
+    pub fn take(&self, bytes: u64) -> Result<()> {
+        match self.pacer {
+            Some(pacer) => pacer.take(bytes, self.progress),
+            None => self.progress.check(),
+        }
+    }
+
+    /// The largest request that keeps the rate even: `most` where nothing is limited, else at most 1 MiB.
+    pub fn request_bytes(&self, most: u64) -> u64 {
+        if self.pacer.is_some_and(|pacer| pacer.bucket.is_some()) { most.min(MIB) } else { most }
+    }
+
+    /// As [`Pacer::lower_priority`].
+    pub fn lower_priority(&self) -> PriorityGuard {
+        self.pacer.map_or(PriorityGuard { before: None }, Pacer::lower_priority)
     }
 }
 

@@ -22,6 +22,7 @@ use crate::{
         Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         bulk::{self, Source},
         extents,
+        pace::Pace,
         publish::{self, StagedFile},
     },
     units::{MIB, PATCH_BLOCK},
@@ -70,13 +71,15 @@ impl Target for Raw {
 
 /// Writes a raw file for `plan`; the loop target publishes it as its own.
 pub(super) fn stage(plan: &VolumePlan<'_>, format: VolumeFormat, progress: &Progress) -> Result<StagedFile> {
+    let pace = plan.pace(progress);
+    let _priority = pace.lower_priority();
     let golden = extents::open_golden(plan.golden)?;
     let staged = StagedFile::create(plan, format)?;
     let set_size = || staged.file().set_len(plan.patch.size_bytes()).map_err(|error| staged.error("set the size", error));
     match share(&golden, &staged)? {
         Sharing::Done => {
             set_size()?;
-            apply(plan.patch, staged.file()).map_err(|error| staged.error("write the patch", error))?;
+            apply(plan.patch, &staged, pace)?;
         }
         Sharing::Impossible => {
             set_size()?;
@@ -86,7 +89,7 @@ pub(super) fn stage(plan: &VolumePlan<'_>, format: VolumeFormat, progress: &Prog
             ranges.iter().for_each(|range| bulk::cut(range.clone(), range.start, &mut pieces));
             progress.enter(Stage::Target, extents::total(&ranges));
             let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
-            bulk::write_new(source, &pieces, &staged, progress)?;
+            bulk::write_new(source, &pieces, &staged, pace)?;
         }
     }
     progress.check()?;
@@ -103,11 +106,12 @@ pub(super) fn share(golden: &File, staged: &StagedFile) -> Result<Sharing> {
 }
 
 /// Copies `range` of `from` to `at` in `to` in the kernel, which shares whole blocks where the filesystem can. `path` is the destination's, for messages.
-pub(super) fn copy_range(from: &File, range: Range<u64>, to: &File, at: u64, progress: &Progress, path: &Path) -> Result<()> {
+pub(super) fn copy_range(from: &File, range: Range<u64>, to: &File, at: u64, pace: Pace<'_>, path: &Path) -> Result<()> {
     let (mut source, mut destination) = (range.start, at);
     while source < range.end {
-        progress.check()?;
-        let want = (range.end - source).min(COPY_BYTES_MAX);
+        let want = (range.end - source).min(pace.request_bytes(COPY_BYTES_MAX));
+        // The kernel does not say whether it shared the blocks or copied them: they are counted as copied.
+        pace.take(want)?;
         let done = match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut destination), want as usize) {
             Ok(done) => done as u64,
             // Across filesystems on kernels before 5.19, or filesystems that can't: through memory.
@@ -124,7 +128,7 @@ pub(super) fn copy_range(from: &File, range: Range<u64>, to: &File, at: u64, pro
             let message = format!("the golden image ends at {source}, inside a range that held data up to {}", range.end);
             return Err(Error::new(Kind::Corrupt, Stage::Target, path.display().to_string(), message));
         }
-        progress.add(done);
+        pace.progress.add(done);
     }
     Ok(())
 }
@@ -137,12 +141,14 @@ fn copy_through_memory(from: &File, source: u64, to: &File, destination: u64, wa
 }
 
 /// Writes the patch's runs, one call each.
-fn apply(patch: &BlockPatch, file: &File) -> std::io::Result<()> {
+fn apply(patch: &BlockPatch, staged: &StagedFile, pace: Pace<'_>) -> Result<()> {
     for (first, blocks) in patch.runs() {
-        match blocks.as_slice() {
-            [only] => file.write_all_at(only, first * PATCH_BLOCK)?,
-            many => file.write_all_at(&many.concat(), first * PATCH_BLOCK)?,
-        }
+        pace.take(blocks.len() as u64 * PATCH_BLOCK)?;
+        let written = match blocks.as_slice() {
+            [only] => staged.file().write_all_at(only, first * PATCH_BLOCK),
+            many => staged.file().write_all_at(&many.concat(), first * PATCH_BLOCK),
+        };
+        written.map_err(|error| staged.error("write the patch", error))?;
     }
     Ok(())
 }

@@ -288,3 +288,24 @@ async fn a_seed_is_a_read_only_volume_with_the_label_and_documents_of_its_format
     assert_eq!(volumes(&mut daemon).await, ["driven", "driven-seed"]);
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bulk_writing_keeps_to_the_configured_bandwidth() {
+    let time = async |bandwidth: u64| {
+        let mut daemon = Daemon::start_with(|config| config.limits.write_bandwidth = cloudletd::units::Bytes(bandwidth)).await;
+        let image = daemon.image().await;
+        // What a pause saves up would hide the rate.
+        daemon.render("warm", spec(&image, "warm", VolumeFormat::Qcow2Overlay)).await;
+        let begun = std::time::Instant::now();
+        for index in 0..8 {
+            daemon.render(&format!("key-{index}"), spec(&image, &format!("raw-{index}"), VolumeFormat::Raw)).await;
+        }
+        let elapsed = begun.elapsed();
+        daemon.stop().await;
+        elapsed
+    };
+    // Eight times about 3.3 MiB, of which a burst of 16 MiB is free: more than 10 MiB at 4 MiB a second.
+    let (paced, free) = (time(4 * MIB).await, time(0).await);
+    assert!(paced.as_secs_f64() > 2.0, "{paced:?}");
+    assert!(free < paced, "{free:?} without a limit, {paced:?} with one");
+}

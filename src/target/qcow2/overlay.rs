@@ -27,6 +27,7 @@ use crate::{
     progress::Progress,
     target::{
         Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted, extents,
+        pace::Pace,
         publish::{self, StagedFile},
     },
     units::PATCH_BLOCK,
@@ -48,6 +49,8 @@ impl Target for Overlay {
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
+        let pace = plan.pace(progress);
+        let _priority = pace.lower_priority();
         // Only its existence and size matter here: QEMU reads it later.
         extents::open_golden(plan.golden)?;
         let path = std::path::absolute(&plan.golden.path)
@@ -62,7 +65,7 @@ impl Target for Overlay {
         layout
             .write_metadata(staged.file(), Some(backing), |guest| allocation_bitmap(plan.patch, guest))
             .map_err(|error| staged.error("write the qcow2 metadata", error))?;
-        write_blocks(&layout, plan.patch, &staged).map_err(|error| staged.error("write the patch", error))?;
+        write_blocks(&layout, plan.patch, &staged, pace)?;
         progress.add(bytes);
         progress.check()?;
         Ok(Box::new(staged))
@@ -82,14 +85,16 @@ impl Target for Overlay {
 }
 
 /// The patch's blocks alone; what is around them is read from the golden, subcluster by subcluster.
-fn write_blocks(layout: &Layout, patch: &BlockPatch, staged: &StagedFile) -> std::io::Result<()> {
+fn write_blocks(layout: &Layout, patch: &BlockPatch, staged: &StagedFile, pace: Pace<'_>) -> Result<()> {
     for (first, blocks) in patch.runs() {
         // A run of guest blocks is a run in the file: touching clusters are allocated together, in guest order.
         let at = layout.host_offset(first * PATCH_BLOCK);
-        match blocks.as_slice() {
-            [only] => staged.file().write_all_at(only, at)?,
-            many => staged.file().write_all_at(&many.concat(), at)?,
-        }
+        pace.take(blocks.len() as u64 * PATCH_BLOCK)?;
+        let written = match blocks.as_slice() {
+            [only] => staged.file().write_all_at(only, at),
+            many => staged.file().write_all_at(&many.concat(), at),
+        };
+        written.map_err(|error| staged.error("write the patch", error))?;
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ use crate::{
         Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         bulk::{self, Source},
         extents::{self, Ranges},
+        pace::Pace,
         publish::{self, StagedFile},
         raw::{self, Sharing},
     },
@@ -49,6 +50,8 @@ impl Target for Standalone {
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
+        let pace = plan.pace(progress);
+        let _priority = pace.lower_priority();
         let golden = extents::open_golden(plan.golden)?;
         let staged = StagedFile::create(plan, self.format())?;
         let data = extents::data_ranges(&golden, plan.golden.size_bytes, &plan.golden.path)?;
@@ -64,12 +67,12 @@ impl Target for Standalone {
         match sharing {
             Sharing::Done => {
                 for range in &data {
-                    raw::copy_range(&golden, range.clone(), staged.file(), layout.host_offset(range.start), progress, staged.path())?;
+                    raw::copy_range(&golden, range.clone(), staged.file(), layout.host_offset(range.start), pace, staged.path())?;
                 }
             }
-            Sharing::Impossible => copy_data(&layout, &data, &golden, plan, &staged, progress)?,
+            Sharing::Impossible => copy_data(&layout, &data, &golden, plan, &staged, pace)?,
         }
-        finish_with_qcow2_rs(&golden, plan, &data, &staged)?;
+        finish_with_qcow2_rs(&golden, plan, &data, &staged, pace)?;
         progress.check()?;
         Ok(Box::new(staged))
     }
@@ -88,24 +91,25 @@ impl Target for Standalone {
 }
 
 /// Copies the golden's data to its place in the image.
-fn copy_data(layout: &Layout, data: &Ranges, golden: &File, plan: &VolumePlan<'_>, staged: &StagedFile, progress: &Progress) -> Result<()> {
+fn copy_data(layout: &Layout, data: &Ranges, golden: &File, plan: &VolumePlan<'_>, staged: &StagedFile, pace: Pace<'_>) -> Result<()> {
     let mut pieces = Vec::new();
     for range in data {
         bulk::cut(range.clone(), layout.host_offset(range.start), &mut pieces);
     }
     let unpatched = BlockPatch::default();
     let source = Source { golden, golden_bytes: plan.golden.size_bytes, patch: &unpatched };
-    bulk::write_new(source, &pieces, staged, progress)
+    bulk::write_new(source, &pieces, staged, pace)
 }
 
 /// Writes the patch through qcow2-rs and reads back the patch and samples of the data through it: an implementation that did not lay the image out agrees
 /// that every byte asked for is where it should be.
-fn finish_with_qcow2_rs(golden: &File, plan: &VolumePlan<'_>, data: &Ranges, staged: &StagedFile) -> Result<()> {
+fn finish_with_qcow2_rs(golden: &File, plan: &VolumePlan<'_>, data: &Ranges, staged: &StagedFile, pace: Pace<'_>) -> Result<()> {
     let path = staged.path();
     let source = Source { golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
     shim::with_image(staged.file(), path, async |image: &shim::Image| {
         for (first, blocks) in plan.patch.runs() {
             let offset = first * PATCH_BLOCK;
+            pace.take(blocks.len() as u64 * PATCH_BLOCK)?;
             image.write_at(&blocks.concat(), offset).await.map_err(|error| shim::failed(path, &format!("write the patch at {offset}"), error))?;
         }
         let block = PATCH_BLOCK as usize;
