@@ -59,3 +59,4 @@ pub mod target;
 pub mod telemetry;
 pub mod tree;
 pub mod units;
+pub mod volume;
