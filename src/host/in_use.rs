@@ -51,6 +51,25 @@ pub fn refuse_file_in_use(path: &Path) -> Result<()> {
     }
 }
 
+/// Locks an image or device, open for writing, so that no QEMU that locks as it should (`block/file-posix.c`: one byte per permission from
+/// `RAW_LOCK_PERM_BASE`, 100, and from `RAW_LOCK_SHARED_BASE`, 200) has it or gets it, not even for reading, and nobody who uses flock(2) either. Held until
+/// the file is closed. `Conflict` (reason `IN_USE`) when somebody was first. Filesystems without locks promise nothing.
+pub fn lock_image(file: &File, path: &Path) -> Result<()> {
+    let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: libc::SEEK_SET as i16, l_start: 100, l_len: 200, l_pid: 0 };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) | Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOLCK | nix::errno::Errno::EINVAL) => {}
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => {
+            return Err(conflict(path, "a process holds a record lock on it, as QEMU does for a disk of a running guest"));
+        }
+        Err(errno) => return Err(Error::errno(Stage::Target, path.display().to_string(), "lock as QEMU does", errno)),
+    }
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOLCK) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(conflict(path, "a process holds a lock (flock) on it")),
+        Err(errno) => Err(Error::io(Stage::Target, path.display().to_string(), "lock", errno.into())),
+    }
+}
+
 /// Refuses with `Conflict` (reason `IN_USE`) when the block device, or a partition of it, is mounted, swapped on, held by a device above it (device
 /// mapper, md) or open in another process. `path` is for the message.
 pub fn refuse_device_in_use(path: &Path, device: (u32, u32)) -> Result<()> {

@@ -12,7 +12,9 @@
 //! A change is all or nothing: what a crash interrupts is applied again from the log when the daemon starts, and applying again changes nothing more. Golden
 //! images behind a volume are only read.
 
+pub mod open;
 pub mod patch;
 pub mod qcow2;
+pub mod redo;
 
-pub use self::patch::FilePatch;
+pub use self::{open::OpenVolume, patch::FilePatch};
