@@ -13,7 +13,7 @@ use common::{
 };
 use serde_json::{Value, json};
 
-const SCRIPTS: [&str; 9] = [
+const SCRIPTS: [&str; 10] = [
     "create-image.sh",
     "list-images.sh",
     "prerender.sh",
@@ -22,6 +22,7 @@ const SCRIPTS: [&str; 9] = [
     "mapping.sh",
     "list-volumes.sh",
     "delete-volume.sh",
+    "reconfigure.sh",
     "host-info.sh",
 ];
 
@@ -78,6 +79,16 @@ fn an_image_becomes_a_volume_and_goes_away_again() {
     assert!(rendered.contains(id.trim()), "{rendered} lacks {id}");
     assert!(daemon.script_ok("watch.sh", &[id.trim()]).contains("succeeded"));
 
+    let moved = daemon.directory().join("moved.json");
+    fs::write(&moved, json!({"hostname": "web-2.example.com"}).to_string()).expect("write the configuration");
+    let arguments = ["default/web-1", "--config", moved.to_str().expect("UTF-8")];
+    let planned = daemon.script_ok("reconfigure.sh", &[&arguments[..], &["--dry-run"]].concat());
+    assert!(planned.contains("would change") && planned.contains("/etc/hostname"), "{planned}");
+    assert!(daemon.script_ok("mapping.sh", &["default/web-1"]).contains("host name web-1.example.com"));
+    let changed = daemon.script_ok("reconfigure.sh", &arguments);
+    assert!(changed.contains("reconfigured") && changed.contains("host name web-2.example.com"), "{changed}");
+    assert!(daemon.script_ok("mapping.sh", &["default/web-1"]).contains("host name web-2.example.com"));
+
     let volumes = daemon.script_ok("list-volumes.sh", &["--pool", "default"]);
     assert!(volumes.contains("default/web-1") && volumes.contains("qcow2_overlay"), "{volumes}");
     let again = ["--image", image, "--instance", "web-1", "--format", "qcow2-overlay", "--size", "6G", "--replace"];
@@ -128,6 +139,8 @@ fn errors_reach_the_operator() {
         ("watch.sh", &["rnd-00000000000000000000"], "rnd-00000000000000000000"),
         ("mapping.sh", &["default/nothing"], "nothing"),
         ("mapping.sh", &["no-slash"], "POOL/VOLUME"),
+        ("reconfigure.sh", &["default/nothing"], "--config"),
+        ("reconfigure.sh", &["default/nothing", "--config", "/dev/null"], "nothing"),
         ("create-image.sh", &["/nonexistent/manifest.json"], "manifest.json"),
         ("render.sh", &["--image", "img-00000000000000000000", "--instance", "x"], "img-00000000000000000000"),
     ] {

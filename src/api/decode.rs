@@ -204,6 +204,14 @@ pub fn golden_options(options: Option<proto::GoldenOptions>, field: &str) -> Res
     })
 }
 
+/// The configuration in a request about an instance that is there; its policy about host keys is the caller's to set.
+pub fn instance_config(field: &str, message: Option<&proto::InstanceConfig>) -> Result<InstanceConfig> {
+    let message = message.ok_or_else(|| Error::field(Stage::Request, field, "is required"))?;
+    let instance = instance(field, message)?;
+    guest::validate::validate(&instance).map_err(|error| error.under_field(field))?;
+    Ok(instance)
+}
+
 fn instance(field: &str, message: &proto::InstanceConfig) -> Result<InstanceConfig> {
     let name: InstanceName = parsed(&format!("{field}.name"), &message.name)?;
     if !message.config_json.is_empty() {

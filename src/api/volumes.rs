@@ -5,12 +5,13 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    api::{Page, encode},
+    api::{Page, decode, encode},
     error::{Error, Kind, Result, Stage},
+    fs::edit::Edit,
     mapping::{self, Bus},
     names::{PoolName, VolumeName},
     proto::{self, volume_service_server::VolumeService},
-    render::{Engine, blocking},
+    render::{Engine, blocking, reconfigure::Reconfigure},
 };
 
 /// The service over the engine.
@@ -89,5 +90,30 @@ impl VolumeService for Volumes {
         let engine = Arc::clone(&self.0);
         let deleted = blocking(Stage::Target, move || engine.delete_volume(&pool, &name, request.delete_data)).await?;
         Ok(Response::new(proto::DeleteVolumeResponse { deleted }))
+    }
+
+    async fn reconfigure_volume(
+        &self,
+        request: Request<proto::ReconfigureVolumeRequest>,
+    ) -> Result<Response<proto::ReconfigureVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let (pool, name) = names(request.volume)?;
+        let wanted = Reconfigure {
+            pool,
+            name,
+            instance: decode::instance_config("instance", request.instance.as_ref())?,
+            fresh_host_keys: request.fresh_host_keys,
+            expand_templates: request.expand_templates,
+            dry_run: request.dry_run,
+        };
+        let done = self.0.reconfigure_volume(wanted).await?;
+        let edit = |edit: &Edit| proto::ReconfigureEdit { verb: edit.op.verb().to_owned(), path: edit.path.to_string(), why: edit.why.clone() };
+        Ok(Response::new(proto::ReconfigureVolumeResponse {
+            injected_json: done.mapping.injected.to_string(),
+            patch_blocks: done.patch_blocks,
+            written_bytes: done.written_bytes,
+            edits: done.edits.iter().map(edit).collect(),
+            mapping: Some(encode::mapping(&done.mapping)),
+        }))
     }
 }

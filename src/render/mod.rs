@@ -9,6 +9,7 @@
 //! devices   what an instance has beside its root: contents, fstab lines
 //! volume    Golden + edits → patch → staged → published volumes + mapping  blocking
 //! admission space promised to renders that run; memory
+//! reconfigure  a stopped instance's volume, changed in place
 //! recover   what a daemon does first
 //! ```
 //!
@@ -24,6 +25,7 @@ pub mod inject;
 pub mod jobs;
 mod machine;
 pub mod prerender;
+pub mod reconfigure;
 mod recover;
 pub mod resolve;
 pub mod volume;

@@ -8,7 +8,8 @@ use crate::{
 };
 
 impl Engine {
-    /// What a daemon does first: renders that a stopped daemon left are failed, temporary files of pools are removed, loop devices are attached again.
+    /// What a daemon does first: renders that a stopped daemon left are failed, temporary files of pools are removed, loop devices are attached again,
+    /// and volumes whose reconfiguration was interrupted get the rest of it.
     pub fn recover(&self) -> Result<()> {
         let interrupted = Error::new(Kind::Unavailable, Stage::Target, "render", "the daemon was stopped while this render waited or ran")
             .with_reason("DAEMON_RESTARTED")
@@ -29,7 +30,7 @@ impl Engine {
         for record in self.store.catalog.volumes_of_format(VolumeFormat::Loop)? {
             self.adopt(record);
         }
-        Ok(())
+        self.finish_reconfigurations()
     }
 
     /// A volume that can't be adopted is reported and left alone: the others, and the daemon, go on.

@@ -482,7 +482,7 @@ fn now_timestamp() -> Timestamp {
 }
 
 /// The secret that an instance's host keys are made from; lives as long as the render.
-fn new_seed() -> Result<Secret> {
+pub(super) fn new_seed() -> Result<Secret> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|error| Error::internal(Stage::Inject, "seed", "ask the kernel for random bytes").with_source(error))?;
     Ok(Secret::new(seed))

@@ -14,6 +14,7 @@ use crate::{
     guest::config::Secret,
     mapping::Role,
     store::records::{RenderRecord, VolumeKey, VolumeRecord},
+    volume::redo::Row,
 };
 
 impl Catalog {
@@ -50,6 +51,20 @@ impl Catalog {
                     params![record.volume.pool.as_str(), record.volume.name.as_str(), json(&record.volume)?, json(&record.mapping)?],
                 )
                 .map_err(failed("update volume"))?;
+            Ok(())
+        })
+    }
+
+    /// Records what a reconfiguration changed, the rows of one instance in one transaction. Rows that are gone stay gone.
+    pub fn reconfigure_volumes(&self, rows: Vec<Row>) -> Result<()> {
+        self.write(move |connection| {
+            for row in &rows {
+                let mapping = json(&row.mapping)?;
+                connection
+                    .prepare_cached("UPDATE volumes SET mapping=?3, secret=coalesce(?4, secret) WHERE pool=?1 AND name=?2")
+                    .and_then(|mut statement| statement.execute(params![row.pool, row.name, mapping, row.seed]))
+                    .map_err(failed("record a reconfiguration"))?;
+            }
             Ok(())
         })
     }

@@ -1,0 +1,58 @@
+//! An instance that has run gets another address and name while it is stopped, and says so itself when it runs again.
+//!
+//! Needs root, QEMU, the fixtures of `scripts/fixtures.sh` and grpcurl; without them the tests fail. About 10 s per boot.
+
+mod common;
+
+use common::{
+    daemon::Daemon,
+    rig::{LOGIN_KEY, MACS, Rendered, call, call_ok, check, guest, image, render},
+};
+use serde_json::json;
+
+const FIXTURE: &str = "bookworm-ifupdown";
+
+/// Renders, boots (the guest writes to its disk), reconfigures, boots again.
+#[track_caller]
+fn moves(instance: &str, format: &str) {
+    let daemon = Daemon::start("");
+    let image = image(&daemon, FIXTURE, &json!({}));
+    let rendered = render(&daemon, &image, instance, format, &json!({}));
+    check(&guest(FIXTURE, rendered.qemu_args()).cmdline("boot.clean=1").boot(), &rendered, instance);
+
+    let volume = json!({"pool": "default", "name": instance});
+    let network = json!({"interfaces": [{"name": "eth0", "mac": MACS[0], "addresses": ["198.51.100.77/24"], "gateway4": "198.51.100.1"}], "nameservers": ["198.51.100.53"]});
+    let config = json!({"hostname": "moved.example.net", "network": network, "authorized_keys": {"root": [LOGIN_KEY]}});
+    let request = json!({"volume": volume, "instance": {"name": instance, "configJson": config.to_string()}});
+    let answer = call_ok(&daemon, "VolumeService/ReconfigureVolume", &request);
+    assert_ne!(answer["patchBlocks"], "0", "{answer:#}");
+    let moved = Rendered { answer: call_ok(&daemon, "VolumeService/GetMapping", &json!({"volume": volume})) };
+
+    // Not shut down this time.
+    let report = guest(FIXTURE, moved.qemu_args()).boot();
+    let context = format!("{report:#?}");
+    assert_eq!(report.link_by_mac(MACS[0]).global_addresses(), ["198.51.100.77/24"], "{context}");
+    let route = report.default_route4().unwrap_or_else(|| panic!("no default route: {context}"));
+    assert_eq!((route.gateway.as_str(), route.device.as_str()), ("198.51.100.1", "eth0"), "{context}");
+    assert_eq!(report.nameservers(), ["198.51.100.53"], "{context}");
+    assert_eq!(report.hostname, "moved", "{context}");
+    let identity = |rendered: &Rendered| rendered.answer["mapping"]["identity"].clone();
+    assert_eq!(report.machine_id, identity(&rendered)["machineId"], "the instance is the same: {context}");
+    assert_eq!(identity(&moved)["sshFingerprints"], identity(&rendered)["sshFingerprints"]);
+    let public = report.guest_text("/etc/ssh/ssh_host_ed25519_key.pub");
+    assert!(identity(&rendered)["knownHosts"].to_string().contains(public.split_whitespace().nth(1).expect("a key")), "{public}");
+
+    let refused = call(&daemon, "VolumeService/ReconfigureVolume", &request).expect_err("the guest was not shut down");
+    assert!(refused.contains("JOURNAL_DIRTY"), "{refused}");
+    call_ok(&daemon, "VolumeService/DeleteVolume", &json!({"volume": volume}));
+}
+
+#[test]
+fn an_overlay_that_has_run_moves_to_another_address() {
+    moves("overlay-9", "QCOW2_OVERLAY");
+}
+
+#[test]
+fn a_raw_volume_that_has_run_moves_to_another_address() {
+    moves("raw-9", "RAW");
+}
