@@ -250,3 +250,118 @@ fn cloud_init_is_kept_from_undoing_what_is_configured() {
     assert!(!text(&left, "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg").contains("ssh_deletekeys"), "then cloud-init makes them");
     assert!(edit(&with(&guest_trees::debian_ifupdown(), json!({})), "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg").is_none());
 }
+
+const NGINX: &str =
+    "[Unit]\nDescription=x\n[Service]\nExecStart=/usr/sbin/nginx\n[Install]\nWantedBy=multi-user.target\nAlias=web.service\nAlso=nginx.socket\n";
+
+fn with_units() -> GuestFacts {
+    let mut facts = guest_trees::debian_with_accounts();
+    for (path, text) in [
+        ("/usr/lib/systemd/system/nginx.service", NGINX),
+        ("/usr/lib/systemd/system/nginx.socket", "[Socket]\nListenStream=80\n[Install]\nWantedBy=sockets.target\n"),
+        ("/usr/lib/systemd/system/getty@.service", "[Service]\nExecStart=/sbin/agetty %I\n[Install]\nWantedBy=getty.target\nDefaultInstance=tty1\n"),
+        ("/usr/lib/systemd/system/static.service", "[Service]\nExecStart=/bin/true\n"),
+        ("/usr/lib/systemd/system/cron.service", "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"),
+        ("/usr/lib/systemd/system/strange.service", "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=../../x %H.target\n"),
+    ] {
+        put(&mut facts, path, &Is::Text(text));
+    }
+    put(&mut facts, "/etc/systemd/system/multi-user.target.wants/cron.service", &Is::To("/lib/systemd/system/cron.service"));
+    put(&mut facts, "/etc/systemd/system/crond.service", &Is::To("/lib/systemd/system/cron.service"));
+    facts
+}
+
+fn link(injection: &Injection, path: &str) -> Option<String> {
+    match &edit(injection, path)?.op {
+        EditOp::Symlink { target, .. } => Some(String::from_utf8_lossy(target).into_owned()),
+        _ => None,
+    }
+}
+
+#[test]
+fn units_are_enabled_disabled_and_masked_as_systemctl_does() {
+    let facts = with_units();
+    let unit = |name: &str, state: &str| json!({"name": name, "state": state});
+    let injection = with(
+        &facts,
+        json!({"units": [unit("nginx.service", "enabled"), unit("getty@ttyS1.service", "enabled"), unit("cron.service", "disabled"), unit("apt.timer", "masked"),
+               unit("own.service", "enabled")],
+               "files": [{"path": "/etc/systemd/system/own.service", "content": "[Service]\nExecStart=/bin/true\n[Install]\nRequiredBy=multi-user.target\n"}]}),
+    );
+    let etc = "/etc/systemd/system";
+    for (path, target) in [
+        ("multi-user.target.wants/nginx.service", "/usr/lib/systemd/system/nginx.service"),
+        ("web.service", "/usr/lib/systemd/system/nginx.service"),
+        ("sockets.target.wants/nginx.socket", "/usr/lib/systemd/system/nginx.socket"),
+        ("getty.target.wants/getty@ttyS1.service", "/usr/lib/systemd/system/getty@.service"),
+        ("apt.timer", "/dev/null"),
+        ("multi-user.target.requires/own.service", "/etc/systemd/system/own.service"),
+    ] {
+        assert_eq!(link(&injection, &format!("{etc}/{path}")).as_deref(), Some(target), "{path}");
+    }
+    assert!(removed(&injection, &format!("{etc}/multi-user.target.wants/cron.service")) && removed(&injection, &format!("{etc}/crond.service")));
+    assert!(text(&injection, "/etc/systemd/system-preset/00-cloudlet.preset").contains("disable cron.service\n"));
+    for (name, reason) in [("none.service", "NO_SUCH_UNIT"), ("static.service", "UNIT_STATIC"), ("strange.service", "UNIT_NOT_LINKABLE")] {
+        assert_eq!(try_with(&facts, &json!({"units": [unit(name, "enabled")]})).expect_err("refused").reason(), reason, "{name}");
+    }
+    for name in ["nginx", "../x.service", "a/b.service", "x\n.service", ".service", "$(id).service", "@.service"] {
+        assert!(try_with(&facts, &json!({"units": [unit(name, "enabled")]})).is_err(), "{name:?}");
+    }
+}
+
+#[test]
+fn openrc_services_and_first_boot_scripts_are_linked_into_the_default_runlevel() {
+    let mut facts = guest_trees::alpine_ifupdown_ng();
+    put(&mut facts, "/etc/init.d/nginx", &Is::Text("#!/sbin/openrc-run\n"));
+    let injection = with(&facts, json!({"units": [{"name": "nginx.service", "state": "enabled"}], "first_boot_script": "#!/bin/sh\necho secret\n"}));
+    assert_eq!(link(&injection, "/etc/runlevels/default/nginx").as_deref(), Some("/etc/init.d/nginx"));
+    assert_eq!(link(&injection, "/etc/runlevels/default/cloudlet-first-boot").as_deref(), Some("/etc/init.d/cloudlet-first-boot"));
+    assert_eq!(file(&injection, "/etc/init.d/cloudlet-first-boot").1, 0o755);
+    assert_eq!(file(&injection, "/usr/local/sbin/cloudlet-first-boot").1, 0o700);
+    assert!(!serde_json::to_string(&injection.report).expect("report").contains("echo secret"));
+    let systemd = with(&guest_trees::debian_ifupdown(), json!({"first_boot_script": "#!/bin/sh\n"}));
+    assert!(link(&systemd, "/etc/systemd/system/multi-user.target.wants/cloudlet-first-boot.service").is_some());
+    for hostile in ["echo no interpreter", "", "#!/bin/sh\0"] {
+        assert!(try_with(&facts, &json!({"first_boot_script": hostile})).is_err(), "{hostile:?}");
+    }
+}
+
+#[test]
+fn a_cloud_init_seed_is_written_for_one_instance_and_only_where_it_is_read() {
+    let injection = with(
+        &guest_trees::ubuntu_netplan(),
+        json!({"hostname": "a.example.com", "cloud_init": {"user_data": "#cloud-config\n", "meta_data": {"x": "y: \n- z"}}}),
+    );
+    let (meta, mode, ..) = file(&injection, "/var/lib/cloud/seed/nocloud/meta-data");
+    let meta: Value = serde_json::from_str(meta).expect("JSON");
+    assert_eq!((&meta["local-hostname"], &meta["x"], mode), (&json!("a.example.com"), &json!("y: \n- z"), 0o600));
+    assert!(meta["instance-id"].as_str().is_some_and(|id| id.len() == 34));
+    assert_eq!(text(&injection, "/var/lib/cloud/seed/nocloud/user-data"), "#cloud-config\n");
+    assert!(removed(&injection, "/var/lib/cloud/instance"), "the state of the builder goes");
+    assert_eq!(try_with(&guest_trees::debian_ifupdown(), &json!({"cloud_init": {"user_data": ""}})).expect_err("refused").reason(), "NO_CLOUD_INIT");
+}
+
+#[test]
+fn files_have_owners_by_name_and_extended_attributes() {
+    let facts = guest_trees::debian_with_accounts();
+    let injection = with(
+        &facts,
+        json!({"users": [{"name": "bob"}], "files": [{"path": "/srv/x", "content": "x", "user": "bob", "group": "adm", "xattrs": {"user.b": "AAE=", "user.a": ""}}]}),
+    );
+    let EditOp::WriteFile { attrs, .. } = &edit(&injection, "/srv/x").expect("written").op else { panic!("a file") };
+    assert_eq!((attrs.uid, attrs.gid), (1001, 4));
+    assert_eq!(
+        attrs.xattrs.iter().map(|xattr| (&xattr.name[..], &xattr.value[..])).collect::<Vec<_>>(),
+        [(&b"user.a"[..], &b""[..]), (b"user.b", &[0, 1])]
+    );
+    for (extra, value) in [
+        ("user", json!("nobody-here")),
+        ("group", json!("a:b")),
+        ("xattrs", json!({"system.posix_acl_access": ""})),
+        ("xattrs", json!({"user.": ""})),
+    ] {
+        let mut document = json!({"files": [{"path": "/srv/x", "content": "x"}]});
+        document["files"][0][extra] = value;
+        assert!(try_with(&facts, &document).is_err(), "{document}");
+    }
+}

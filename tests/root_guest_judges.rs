@@ -179,3 +179,36 @@ fn dropbear_reads_the_key_that_is_made_for_it() {
     let key = injection.report.ssh_host_keys[0].known_hosts.split_once(' ').expect("two fields").1;
     assert!(shown.contains(key), "{key} is not in {shown}");
 }
+
+#[test]
+fn systemctl_and_systemd_analyze_agree_with_units_that_were_enabled() {
+    let root = tempfile::tempdir().expect("scratch");
+    let mut facts = guest_trees::debian_ifupdown();
+    let unit = "[Unit]\nDescription=x\n[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n";
+    for name in ["on.service", "off.service", "masked.service", "getty@.service"] {
+        guest_trees::put(&mut facts, &format!("/usr/lib/systemd/system/{name}"), &guest_trees::Is::Text(unit));
+    }
+    let wants = "/etc/systemd/system/multi-user.target.wants/off.service";
+    guest_trees::put(&mut facts, wants, &guest_trees::Is::To("/usr/lib/systemd/system/off.service"));
+    let document = r##"{"first_boot_script": "#!/bin/sh\ntrue\n", "units": [{"name": "on.service", "state": "enabled"}, {"name": "off.service", "state": "disabled"},
+        {"name": "masked.service", "state": "masked"}, {"name": "getty@ttyS1.service", "state": "enabled"}]}"##;
+    apply_to(root.path(), &facts, document);
+    let at = format!("--root={}", root.path().display());
+    for (name, state) in [
+        ("on.service", "enabled"),
+        ("off.service", "disabled"),
+        ("masked.service", "masked"),
+        ("getty@ttyS1.service", "enabled"),
+        ("cloudlet-first-boot.service", "enabled"),
+    ] {
+        let found = tool("/usr/bin/systemctl", &[&at, "is-enabled", name]);
+        assert_eq!(String::from_utf8_lossy(&found.stdout).trim(), state, "{name}: {}", String::from_utf8_lossy(&found.stderr));
+    }
+    // The program is looked up on the machine that runs the test, the rest of the unit is the guest's.
+    let own = root.path().join("etc/systemd/system/cloudlet-first-boot.service");
+    let text = fs::read_to_string(&own).expect("the unit").replace("/usr/local/sbin/cloudlet-first-boot", "/bin/true");
+    fs::write(&own, text).expect("write");
+    let checked = tool("/usr/bin/systemd-analyze", &["verify", "--man=no", own.to_str().expect("UTF-8")]);
+    let told = String::from_utf8_lossy(&checked.stderr);
+    assert!(checked.status.success() && !told.contains("cloudlet-first-boot"), "{told}");
+}

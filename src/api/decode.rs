@@ -253,7 +253,16 @@ fn file(field: &str, message: &proto::InjectedFile) -> Result<InjectedFile> {
         mode if mode <= 0o7777 => mode as u16,
         mode => return Err(Error::field(Stage::Request, format!("{field}.mode"), format!("{mode:o} (octal) is more than 7777"))),
     };
-    Ok(InjectedFile { path, content: Secret::new(message.content.clone()), mode, uid: message.uid, gid: message.gid })
+    Ok(InjectedFile {
+        path,
+        content: Secret::new(message.content.clone()),
+        mode,
+        uid: message.uid,
+        gid: message.gid,
+        user: (!message.user.is_empty()).then(|| message.user.clone()),
+        group: (!message.group.is_empty()).then(|| message.group.clone()),
+        xattrs: setup::xattrs(&message.xattrs),
+    })
 }
 
 /// A protobuf Struct as JSON. Its numbers are doubles: those that are whole become integers again, as the manifest's schema means them.
@@ -281,7 +290,10 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
     let files: Vec<Value> = instance
         .files
         .iter()
-        .map(|file| json!({"path": file.path.to_string(), "content": hidden(file.content.expose()), "mode": file.mode, "uid": file.uid, "gid": file.gid}))
+        .map(|file| {
+            json!({"path": file.path.to_string(), "content": hidden(file.content.expose()), "mode": file.mode, "uid": file.uid, "gid": file.gid,
+            "user": file.user, "group": file.group, "xattrs": hidden(format!("{:?}", file.xattrs).as_bytes())})
+        })
         .collect();
     let keys: Vec<Value> = message.authorized_keys.iter().map(|keys| json!({"user": keys.user, "keys": keys.keys})).collect();
     json!({"spec": {

@@ -3,10 +3,22 @@
 //! At its first boot cloud-init deletes SSH host keys and makes others, and sets the host name from its datasource. A file in cloud.cfg.d says which
 //! of these are done already. (`network` says the same of the network, in a file of its own.)
 
+use serde_json::Value;
+
 use crate::{
-    error::Result,
-    guest::{facts::GuestFacts, plan::Plan, tree::present},
+    error::{Error, Result, Stage},
+    fs::edit::Attrs,
+    guest::{
+        config::InstanceConfig,
+        facts::GuestFacts,
+        identity::Identity,
+        plan::{Plan, Visibility},
+        tree::present,
+    },
 };
+
+/// Where cloud-init's NoCloud datasource looks in the root filesystem; it needs no disk or metadata service then.
+const SEED: &str = "/var/lib/cloud/seed/nocloud";
 
 /// Where: after the distribution's own files and before nothing.
 const DROP_IN: &str = "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg";
@@ -37,4 +49,31 @@ pub fn write_settings(plan: &mut Plan<'_>, facts: &GuestFacts, done: Done) -> Re
         }
     }
     plan.write(DROP_IN, text, 0o644, "keeps cloud-init from replacing what is configured here")
+}
+
+/// Writes the request's seed. `Kind::InvalidRequest`, `NO_CLOUD_INIT`, when the image has no cloud-init.
+///
+/// meta-data is JSON, which is YAML. A new `instance-id` is what makes cloud-init run once for this instance. The list of datasources is narrowed to
+/// the seed's, so that the guest does not probe for metadata services for minutes.
+pub fn write_seed(plan: &mut Plan<'_>, facts: &GuestFacts, config: &InstanceConfig, identity: &Identity, hostname: Option<&str>) -> Result<()> {
+    let Some(seed) = &config.setup.cloud_init else { return Ok(()) };
+    if !has_cloud_init(facts) {
+        let message = "the image has no cloud-init that would read it";
+        return Err(Error::field(Stage::Inject, "cloud_init", message).with_reason("NO_CLOUD_INIT"));
+    }
+    let mut meta = seed.meta_data.clone();
+    meta.entry("instance-id").or_insert_with(|| format!("i-{}", identity.uuid_of("cloud-init-instance").simple()).into());
+    if let Some(name) = hostname {
+        meta.entry("local-hostname").or_insert_with(|| name.into());
+    }
+    let why = "cloud-init seed of the request";
+    plan.make_dir(SEED, Attrs::root(0o700), why)?;
+    let empty: &[u8] = b"";
+    let vendor = seed.vendor_data.as_ref().map_or(empty, |data| data.expose());
+    for (name, content) in
+        [("meta-data", Value::Object(meta).to_string().as_bytes()), ("user-data", seed.user_data.expose()), ("vendor-data", vendor)]
+    {
+        plan.write_as(&format!("{SEED}/{name}"), content, Attrs::root(0o600), why, Visibility::Secret)?;
+    }
+    plan.write("/etc/cloud/cloud.cfg.d/99-cloudlet-seed.cfg", "# Written by cloudletd.\ndatasource_list: [NoCloud, None]\n", 0o644, why)
 }

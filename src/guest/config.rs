@@ -9,6 +9,7 @@ pub use crate::guest::network::links::{Bond, BondMode, Bridge, HashPolicy, LacpR
 use crate::{
     guest::setup::GuestSetup,
     names::{GuestPath, Hostname, InstanceName, InterfaceName, MacAddr},
+    tree::Xattr,
 };
 
 /// Everything an instance is told about itself.
@@ -61,6 +62,12 @@ pub struct InjectedFile {
     pub uid: u32,
     /// Numeric group.
     pub gid: u32,
+    /// Owner by name, instead of `uid`: a user of the image or of the request.
+    pub user: Option<String>,
+    /// Group by name, instead of `gid`.
+    pub group: Option<String>,
+    /// Extended attributes, sorted by name; `user.`, `trusted.` and `security.` only.
+    pub xattrs: Vec<Xattr>,
 }
 
 /// The keys of one user of the image.

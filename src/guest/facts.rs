@@ -40,6 +40,7 @@ pub enum NodeKind {
         /// Size in bytes.
         size: u64,
         /// The content, when it is one of the files that injection reads.
+        #[serde(with = "content")]
         content: Option<Vec<u8>>,
     },
     /// A symlink and where it points.
@@ -49,6 +50,21 @@ pub enum NodeKind {
     },
     /// Anything else.
     Other,
+}
+
+/// Contents as base64: as lists of numbers they would be four times as long, and there are megabytes of them.
+mod content {
+    use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(content: &Option<Vec<u8>>, serializer: S) -> Result<S::Ok, S::Error> {
+        content.as_ref().map(|bytes| BASE64.encode(bytes)).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Option<Vec<u8>>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| BASE64.decode(text).map_err(D::Error::custom)).transpose()
+    }
 }
 
 impl GuestFacts {

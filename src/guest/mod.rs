@@ -14,6 +14,7 @@
 //!              accounts     users, root's password and login, authorized keys, sudo
 //!              network      one back-end's files, names by MAC, resolv.conf; what would shadow them is removed
 //!              fstab        the root line, and those of further devices
+//!              services     units, first-boot script
 //!              cloud_init   what cloud-init must not undo
 //!              files        what the caller wants besides
 //!              applied      /.cloudlet/applied_config, without secrets
@@ -47,6 +48,7 @@ pub mod report;
 pub mod resolv;
 pub mod scrub;
 pub mod seed;
+pub mod services;
 pub mod setup;
 pub mod ssh;
 pub mod tree;
@@ -105,7 +107,7 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     seed::write_random_seed(&mut plan, facts, config, identity)?;
     regional::write_settings(&mut plan, facts, config)?;
     let ssh_host_keys = ssh::write_host_keys(&mut plan, facts, config, identity, hostname.as_ref().map(|name| name.as_str()))?;
-    let users = accounts::write_accounts(&mut plan, facts, config, now)?;
+    let (users, owners) = accounts::write_accounts(&mut plan, facts, config, now)?;
     let network = match &config.network {
         Some(network) => Some(network::apply(&mut plan, facts, network, identity)?),
         None => {
@@ -116,9 +118,13 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     if let Some(root) = fstab_root {
         fstab::write_fstab(&mut plan, facts, root)?;
     }
-    for file in &config.files {
-        plan.write_callers(&file.path, file.content.expose(), Attrs { mode: file.mode, uid: file.uid, gid: file.gid, xattrs: Vec::new() });
+    for (index, file) in config.files.iter().enumerate() {
+        let (uid, gid) = owners.of(&format!("files[{index}]"), file)?;
+        let attrs = Attrs { mode: file.mode, uid, gid, xattrs: file.xattrs.clone() };
+        plan.write_callers(&file.path, file.content.expose(), attrs);
     }
+    services::write_services(&mut plan, facts, config)?;
+    cloud_init::write_seed(&mut plan, facts, config, identity, hostname.as_ref().map(|name| name.as_str()))?;
     let done =
         cloud_init::Done { hostname: hostname.is_some(), host_keys: config.ssh_host_keys == config::HostKeys::Keep || !ssh_host_keys.is_empty() };
     cloud_init::write_settings(&mut plan, facts, done)?;

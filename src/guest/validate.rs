@@ -160,6 +160,7 @@ fn file_checks(checks: &mut Checks, config: &InstanceConfig) {
         if file.mode > 0o7777 {
             checks.add(format!("{field}.mode"), format!("{:o} has more than permission bits", file.mode));
         }
+        setup::check_file(file, &mut |rest, description| checks.add(format!("{field}.{rest}"), description));
         if file.content.expose().len() > FILE_LEN_MAX {
             checks.add(format!("{field}.content"), format!("has {} bytes, the limit is {FILE_LEN_MAX}", file.content.expose().len()));
         }

@@ -173,8 +173,14 @@ async fn templates_args_and_files_are_rendered_and_secrets_stay_out_of_every_rep
         let greeting = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue("cloudlets".into())) };
         instance.args = Some(prost_types::Struct { fields: [("greeting".to_owned(), greeting)].into() });
         instance.root_password_hash = hash.clone();
-        instance.files =
-            vec![proto::InjectedFile { path: "/etc/app/secret".into(), content: b"hunter2-hunter2".to_vec(), mode: 0o600, uid: 5, gid: 6 }];
+        instance.files = vec![proto::InjectedFile {
+            path: "/etc/app/secret".into(),
+            content: b"hunter2-hunter2".to_vec(),
+            mode: 0o600,
+            uid: 5,
+            gid: 6,
+            ..Default::default()
+        }];
         instance.authorized_keys = vec![proto::AuthorizedKeys {
             user: String::new(),
             keys: vec!["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGFrZXlmb3J0ZXN0c29ubHlub3RyZWFsbHlhbnlib2R5 me@example".into()],

@@ -1,5 +1,7 @@
 //! The part of an instance's configuration that becomes a [`GuestSetup`].
 
+use std::collections::HashMap;
+
 use prost::Message;
 use serde_json::{Value, json};
 
@@ -8,10 +10,11 @@ use crate::{
     error::{Error, Result, Stage},
     guest::{
         config::Secret,
-        setup::{GuestSetup, Password, UserSetup},
+        setup::{CloudInitSeed, GuestSetup, Password, UnitSetup, UserSetup},
     },
     names::GuestPath,
     proto,
+    tree::Xattr,
 };
 
 /// Decodes it; `field` is where the configuration stands in the request.
@@ -28,7 +31,23 @@ pub(super) fn setup(field: &str, message: &proto::InstanceConfig) -> Result<Gues
         hardware_clock: optional(&at("hardware_clock"), &message.hardware_clock)?,
         scrub_skip: list(&at("scrub_skip"), &message.scrub_skip, |field, text| parsed(field, text))?,
         scrub_also: list(&at("scrub_also"), &message.scrub_also, |field, text| parsed(field, text))?,
+        units: list(&at("units"), &message.units, |field, unit| {
+            Ok(UnitSetup { name: unit.name.clone(), state: parsed(&format!("{field}.state"), &unit.state)? })
+        })?,
+        first_boot_script: (!message.first_boot_script.is_empty()).then(|| Secret::new(message.first_boot_script.clone())),
+        cloud_init: message.cloud_init.as_ref().map(|seed| CloudInitSeed {
+            user_data: Secret::new(seed.user_data.clone()),
+            vendor_data: (!seed.vendor_data.is_empty()).then(|| Secret::new(seed.vendor_data.clone())),
+            meta_data: seed.meta_data.as_ref().map(super::struct_of).unwrap_or_default(),
+        }),
     })
+}
+
+/// Extended attributes of a file, in the order of their names.
+pub(super) fn xattrs(message: &HashMap<String, Vec<u8>>) -> Vec<Xattr> {
+    let mut xattrs: Vec<Xattr> = message.iter().map(|(name, value)| Xattr { name: name.as_bytes().to_vec(), value: value.clone() }).collect();
+    xattrs.sort_by(|a, b| a.name.cmp(&b.name));
+    xattrs
 }
 
 /// What of it is compared between two requests: one digest per field, as any of them may hold a secret.
@@ -44,6 +63,14 @@ pub(super) fn canonical(message: &proto::InstanceConfig, hidden: &dyn Fn(&[u8]) 
         "hardware_clock": message.hardware_clock,
         "scrub_skip": message.scrub_skip,
         "scrub_also": message.scrub_also,
+        "units": message.units.iter().map(|unit| format!("{} {}", unit.name, unit.state)).collect::<Vec<_>>(),
+        "first_boot_script": hidden(&message.first_boot_script),
+        // A map has no order: the JSON of a Struct does.
+        "cloud_init": message.cloud_init.as_ref().map(|seed| json!([
+            hidden(&seed.user_data),
+            hidden(&seed.vendor_data),
+            hidden(Value::Object(seed.meta_data.as_ref().map(super::struct_of).unwrap_or_default()).to_string().as_bytes()),
+        ])),
     })
 }
 

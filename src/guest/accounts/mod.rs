@@ -26,7 +26,7 @@ use self::database::{Database, Which};
 use crate::{
     error::{Error, Result, Stage},
     guest::{
-        config::InstanceConfig,
+        config::{InjectedFile, InstanceConfig},
         facts::GuestFacts,
         plan::Plan,
         report::UserReport,
@@ -39,7 +39,7 @@ use crate::{
 /// Writes all that concerns accounts and gives the account of users made or changed. `Kind::InvalidRequest` names the field when a user does not
 /// exist (`NO_SUCH_USER`), has no home (`USER_WITHOUT_HOME`), is another one in the image (`USER_EXISTS`, `UID_TAKEN`), or a group, sudo is missing
 /// (`NO_SUCH_GROUP`, `NO_SUDO`). `now` gives the day of the password's last change.
-pub fn write_accounts<'f>(plan: &mut Plan<'f>, facts: &'f GuestFacts, config: &InstanceConfig, now: Timestamp) -> Result<Vec<UserReport>> {
+pub fn write_accounts<'f>(plan: &mut Plan<'f>, facts: &'f GuestFacts, config: &InstanceConfig, now: Timestamp) -> Result<(Vec<UserReport>, Owners)> {
     let mut database = Database::of(facts);
     // Day 0 means that the password must be changed at once (shadow(5)).
     let today = (now.secs / 86400).max(1);
@@ -62,7 +62,26 @@ pub fn write_accounts<'f>(plan: &mut Plan<'f>, facts: &'f GuestFacts, config: &I
         create::write_home(plan, facts, user)?;
     }
     keys::write_all(plan, facts, &database, config)?;
-    Ok(made)
+    let owners = Owners { database };
+    Ok((made, owners))
+}
+
+/// The accounts as the guest will have them, for finding owners by name.
+pub struct Owners {
+    database: Database,
+}
+
+impl Owners {
+    /// Owner and group of a file of the request; `field` is where it stands. `Kind::InvalidRequest`, `NO_SUCH_USER` or `NO_SUCH_GROUP`.
+    pub fn of(&self, field: &str, file: &InjectedFile) -> Result<(u32, u32)> {
+        let find = |which: Which, name: &Option<String>, otherwise: u32, what: &str, reason: &'static str| -> Result<u32> {
+            let Some(name) = name else { return Ok(otherwise) };
+            let id = self.database.get(which).and_then(|table| table.field(name, 2)).and_then(|id| id.parse().ok());
+            id.ok_or_else(|| Error::field(Stage::Inject, format!("{field}.{what}"), format!("the image has no {what} {name:?}")).with_reason(reason))
+        };
+        let uid = find(Which::Passwd, &file.user, file.uid, "user", "NO_SUCH_USER")?;
+        Ok((uid, find(Which::Group, &file.group, file.gid, "group", "NO_SUCH_GROUP")?))
+    }
 }
 
 /// The accounts while they are changed.

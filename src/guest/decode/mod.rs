@@ -28,6 +28,8 @@
 //!              "password_hash": "$6$…"}, {"name": "bob", "lock_password": true}],
 //!   "root_login": "keys-only", "ssh_host_key_types": ["ed25519", "ecdsa"],
 //!   "timezone": "Europe/Berlin", "locale": "de_DE.UTF-8", "keymap": "de", "hardware_clock": "utc",
+//!   "units": [{"name": "nginx.service", "state": "enabled"}, {"name": "apt-daily.timer", "state": "masked"}],
+//!   "first_boot_script": "#!/bin/sh\n…", "cloud_init": {"user_data": "#cloud-config\n…", "vendor_data": "…", "meta_data": {}},
 //!   "scrub_skip": ["dhcp"], "scrub_also": ["logs", "shell-history"]
 //! }
 //! ```
@@ -35,7 +37,7 @@
 //! Instead of `interfaces`, `nameservers` and `search`, `network` may have a `document`: netplan's or cloud-init's own ([`document`]).
 //!
 //! Every field is optional (`instance` too, when the caller names the instance otherwise); a field that is not known is an error with its path.
-//! `content_base64` stands for `content` where it is not text. And the form of 2010 (`legacy`), recognised by its `ip` or `dns`.
+//! `content_base64` stands for `content` where it is not text; a file may have `user` and `group` by name, and `xattrs` by name, in base64. And the form of 2010 (`legacy`), recognised by its `ip` or `dns`.
 
 mod cursor;
 mod document;
@@ -162,8 +164,11 @@ fn file(cursor: Cursor<'_>) -> Result<InjectedFile> {
     let mode = fields.optional("mode", mode)?.unwrap_or(0o644);
     let uid = fields.optional("uid", Cursor::number)?.unwrap_or_default();
     let gid = fields.optional("gid", Cursor::number)?.unwrap_or_default();
+    let user = fields.optional("user", |cursor| Ok(cursor.text()?.to_owned()))?;
+    let group = fields.optional("group", |cursor| Ok(cursor.text()?.to_owned()))?;
+    let xattrs = fields.optional("xattrs", setup::xattrs)?.unwrap_or_default();
     fields.finish()?;
-    Ok(InjectedFile { path, content: Secret::new(content), mode, uid, gid })
+    Ok(InjectedFile { path, content: Secret::new(content), mode, uid, gid, user, group, xattrs })
 }
 
 /// A string of octal digits: JSON has no octal numbers, and 644 would be another mode.

@@ -2,13 +2,16 @@
 
 use std::{fmt::Display, str::FromStr};
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+
 use super::cursor::{Cursor, Fields};
 use crate::{
     error::Result,
     guest::{
         config::Secret,
-        setup::{GuestSetup, Password, UserSetup},
+        setup::{CloudInitSeed, GuestSetup, Password, UnitSetup, UserSetup},
     },
+    tree::Xattr,
 };
 
 /// Takes the fields of a setup out of the document's own.
@@ -23,7 +26,38 @@ pub(super) fn setup(fields: &mut Fields<'_>) -> Result<GuestSetup> {
         hardware_clock: fields.optional("hardware_clock", Cursor::parse)?,
         scrub_skip: parsed_list(fields, "scrub_skip")?,
         scrub_also: parsed_list(fields, "scrub_also")?,
+        units: fields.optional("units", |cursor| cursor.list(unit))?.unwrap_or_default(),
+        first_boot_script: fields.optional("first_boot_script", |cursor| Ok(Secret::new(cursor.text()?)))?,
+        cloud_init: fields.optional("cloud_init", cloud_init)?,
     })
+}
+
+fn unit(cursor: Cursor<'_>) -> Result<UnitSetup> {
+    let mut fields = cursor.fields()?;
+    let unit = UnitSetup { name: fields.required("name", |cursor| Ok(cursor.text()?.to_owned()))?, state: fields.required("state", Cursor::parse)? };
+    fields.finish()?;
+    Ok(unit)
+}
+
+fn cloud_init(cursor: Cursor<'_>) -> Result<CloudInitSeed> {
+    let mut fields = cursor.fields()?;
+    let seed = CloudInitSeed {
+        user_data: fields.required("user_data", |cursor| Ok(Secret::new(cursor.text()?)))?,
+        vendor_data: fields.optional("vendor_data", |cursor| Ok(Secret::new(cursor.text()?)))?,
+        meta_data: fields.optional("meta_data", Cursor::map)?.unwrap_or_default(),
+    };
+    fields.finish()?;
+    Ok(seed)
+}
+
+/// `{"user.name": "base64"}`; a JSON object's members are sorted by name already.
+pub(super) fn xattrs(cursor: Cursor<'_>) -> Result<Vec<Xattr>> {
+    let mut xattrs = cursor.fields()?.each(|name, cursor| {
+        let value = BASE64.decode(cursor.text()?).map_err(|_| cursor.error("is not base64"))?;
+        Ok(Xattr { name: name.as_bytes().to_vec(), value })
+    })?;
+    xattrs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(xattrs)
 }
 
 fn text(fields: &mut Fields<'_>, name: &'static str) -> Result<Option<String>> {

@@ -1,15 +1,23 @@
 //! Checks of a [`super::GuestSetup`] that need no image. Every value here ends up in a file with a syntax of its own: what could end a field, a
 //! line or a word there is refused.
 
-use super::{Password, RootLogin, Sudo, UserSetup};
+use serde_json::Value;
+
+use super::{GuestSetup, Password, RootLogin, Sudo, UserSetup};
 use crate::guest::{
     accounts::check_crypt_hash,
-    config::InstanceConfig,
+    config::{InjectedFile, InstanceConfig},
     validate::{USERS_MAX, check_user},
 };
 
 /// Groups of one user.
 const GROUPS_MAX: usize = 64;
+/// Units of one request.
+const UNITS_MAX: usize = 256;
+/// Bytes of a first-boot script, and of each part of a cloud-init seed.
+const SCRIPT_LEN_MAX: usize = 1 << 20;
+/// Bytes of one file's extended attributes: what ext4 has room for in a block of 4 KiB, and some.
+const XATTRS_LEN_MAX: usize = 3 << 10;
 /// Bytes of a name in a comment field.
 const FULL_NAME_MAX: usize = 256;
 
@@ -42,12 +50,83 @@ pub(crate) fn check(config: &InstanceConfig, add: &mut dyn FnMut(String, String)
             add(format!("{field}[{index}]"), format!("{} {why}", operation.word()));
         }
     }
+    check_units(setup, add);
     if setup.root_login == RootLogin::No {
         if config.root_password_hash.is_some() {
             add("root_password_hash".into(), "is of no use: root_login is \"no\"".into());
         }
         if config.authorized_keys.iter().any(|keys| keys.user == "root" && !keys.keys.is_empty()) {
             add("authorized_keys.root".into(), "are of no use: root_login is \"no\"".into());
+        }
+    }
+}
+
+fn check_units(setup: &GuestSetup, add: &mut dyn FnMut(String, String)) {
+    if setup.units.len() > UNITS_MAX {
+        add("units".into(), format!("has {} entries, the limit is {UNITS_MAX}", setup.units.len()));
+    }
+    for (index, unit) in setup.units.iter().enumerate() {
+        if let Err(why) = check_unit_name(&unit.name) {
+            add(format!("units[{index}].name"), why);
+        }
+        if setup.units[..index].iter().any(|earlier| earlier.name == unit.name) {
+            add(format!("units[{index}].name"), format!("{:?} is given twice", unit.name));
+        }
+    }
+    if let Some(script) = &setup.first_boot_script {
+        let bytes = script.expose();
+        if bytes.len() > SCRIPT_LEN_MAX || !bytes.starts_with(b"#!") || bytes.contains(&0) {
+            add("first_boot_script".into(), format!("must begin with #!, have no NUL and at most {SCRIPT_LEN_MAX} bytes ({} given)", bytes.len()));
+        }
+    }
+    if let Some(seed) = &setup.cloud_init {
+        let meta = Value::Object(seed.meta_data.clone()).to_string().len();
+        for (name, len) in [
+            ("user_data", seed.user_data.expose().len()),
+            ("vendor_data", seed.vendor_data.as_ref().map_or(0, |data| data.expose().len())),
+            ("meta_data", meta),
+        ] {
+            if len > SCRIPT_LEN_MAX {
+                add(format!("cloud_init.{name}"), format!("has {len} bytes, the limit is {SCRIPT_LEN_MAX}"));
+            }
+        }
+    }
+}
+
+/// A unit's name as systemd takes it (systemd.unit(5), DESCRIPTION), of the kinds that can be enabled.
+pub(crate) fn check_unit_name(name: &str) -> Result<(), String> {
+    const SUFFIXES: [&str; 9] = ["service", "socket", "target", "timer", "path", "mount", "automount", "swap", "slice"];
+    let right = name.rsplit_once('.').is_some_and(|(stem, suffix)| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
+        !stem.is_empty() && !stem.starts_with(['.', '@']) && stem.chars().all(allowed) && SUFFIXES.contains(&suffix)
+    });
+    if right && name.len() <= 255 {
+        return Ok(());
+    }
+    Err(format!("{:?} is not the name of a unit, such as nginx.service", name.chars().take(64).collect::<String>()))
+}
+
+/// Owner and attributes of a file of the request.
+pub(crate) fn check_file(file: &InjectedFile, add: &mut dyn FnMut(&str, String)) {
+    for (name, value, number) in [("user", &file.user, file.uid), ("group", &file.group, file.gid)] {
+        if let Some(value) = value {
+            if let Err(why) = check_user(value) {
+                add(name, why);
+            }
+            if number != 0 {
+                add(name, "is given by name and by number".into());
+            }
+        }
+    }
+    let total: usize = file.xattrs.iter().map(|xattr| xattr.name.len() + xattr.value.len()).sum();
+    if total > XATTRS_LEN_MAX {
+        add("xattrs", format!("have {total} bytes, the limit is {XATTRS_LEN_MAX}"));
+    }
+    for xattr in &file.xattrs {
+        let name = String::from_utf8_lossy(&xattr.name);
+        let rest = ["user.", "trusted.", "security."].iter().find_map(|prefix| name.strip_prefix(prefix));
+        if name.len() > 255 || name.chars().any(char::is_control) || rest.is_none_or(str::is_empty) {
+            add("xattrs", format!("{:?} is not a name in user., trusted. or security.", name.chars().take(64).collect::<String>()));
         }
     }
 }

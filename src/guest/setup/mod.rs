@@ -6,7 +6,9 @@ mod check;
 
 use std::str::FromStr;
 
-pub(crate) use check::check;
+pub(crate) use check::{check, check_file, check_unit_name};
+
+use serde_json::{Map, Value};
 
 use crate::{
     guest::{config::Secret, scrub::Operation},
@@ -34,6 +36,43 @@ pub struct GuestSetup {
     pub scrub_skip: Vec<Operation>,
     /// Operations of [`crate::guest::scrub`] that are done besides.
     pub scrub_also: Vec<Operation>,
+    /// Services that are started at boot, or not.
+    pub units: Vec<UnitSetup>,
+    /// Runs as root at the first boot, after the network is up, until it has succeeded once. Begins with `#!`.
+    pub first_boot_script: Option<Secret>,
+    /// A seed for the image's cloud-init.
+    pub cloud_init: Option<CloudInitSeed>,
+}
+
+/// One service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnitSetup {
+    /// Name of a systemd unit with its suffix, which images with another init take without `.service`.
+    pub name: String,
+    /// What becomes of it.
+    pub state: UnitState,
+}
+
+/// Whether a service is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnitState {
+    /// At boot.
+    Enabled,
+    /// Not by itself.
+    Disabled,
+    /// Not at all (systemd only).
+    Masked,
+}
+
+/// What cloud-init's NoCloud datasource finds in the root filesystem.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloudInitSeed {
+    /// `user-data`: as cloud-init takes it, e.g. beginning with `#cloud-config` or `#!`.
+    pub user_data: Secret,
+    /// `vendor-data`.
+    pub vendor_data: Option<Secret>,
+    /// Members of `meta-data` besides `instance-id` and `local-hostname`, which are given if these do not.
+    pub meta_data: Map<String, Value>,
 }
 
 /// One user.
@@ -148,6 +187,7 @@ macro_rules! words {
 }
 
 words!(Sudo, "no" => Sudo::No, "password" => Sudo::WithPassword, "nopasswd" => Sudo::WithoutPassword);
+words!(UnitState, "enabled" => UnitState::Enabled, "disabled" => UnitState::Disabled, "masked" => UnitState::Masked);
 words!(KeyType, "ed25519" => KeyType::Ed25519, "ecdsa" => KeyType::Ecdsa, "rsa" => KeyType::Rsa);
 words!(HardwareClock, "utc" => HardwareClock::Utc, "local" => HardwareClock::Local);
 words!(RootLogin, "image" => RootLogin::Image, "keys-only" => RootLogin::KeysOnly, "password" => RootLogin::Password, "no" => RootLogin::No);
