@@ -98,6 +98,8 @@ async fn every_format_gets_its_new_address_in_place_and_the_golden_is_only_read(
     let backing = tempfile::NamedTempFile::new().expect("a file");
     backing.as_file().set_len(20 * GIB).expect("sparse");
     let device = LoopDevice::attach(backing.as_file(), backing.path(), &Options::guarded()).expect("attached");
+    // Whoever changes a device wants its lock, which the guard holds.
+    device.unlock().expect("unlocked");
     let links = tempfile::tempdir().expect("a directory");
     std::os::unix::fs::symlink(device.path(), links.path().join("vm-1")).expect("a link");
     let path = links.path().to_path_buf();

@@ -291,6 +291,7 @@ mod tests {
             directory("/usr/lib/systemd/system", 0o711),
             file("/usr/lib/systemd/systemd", b"ELF"),
             file("/usr/lib/systemd/system/ssh.service", b"[Unit]\n"),
+            directory("/usr/share", 0o755),
             file("/usr/share/doc/x", b"not listed"),
             link("/lib", "usr/lib"),
             link("/export", "/srv/real/"),

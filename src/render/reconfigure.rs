@@ -34,7 +34,7 @@ use crate::{
         config::{HostKeys, InstanceConfig, Secret},
         facts::GuestFacts,
         from_image::facts_of_image,
-        scrub::{RULES, glob},
+        scrub::Operation,
         watch::Watch,
     },
     manifest::{Manifest, apply},
@@ -53,6 +53,11 @@ use crate::{
 
 /// Public halves of host keys that are looked for in the guest.
 const PUBLIC_KEYS: [&str; 3] = ["/etc/ssh/ssh_host_ed25519_key.pub", "/etc/ssh/ssh_host_ecdsa_key.pub", "/etc/ssh/ssh_host_rsa_key.pub"];
+
+/// What a first injection removes as another machine's, and is the instance's own by now. Rules that bind names of interfaces to hardware and DHCP leases are
+/// still removed: they would come between the guest and its new addresses.
+const OWN_STATE: [Operation; 5] =
+    [Operation::RandomSeed, Operation::Credentials, Operation::NetworkState, Operation::CloudInit, Operation::UuidClock];
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -225,9 +230,15 @@ impl Engine {
         let claimed: BTreeSet<String> = manifest.templates().iter().map(ToString::to_string).collect();
         let secret_args = config.args.keys().filter(|name| manifest.is_secret_arg(name)).cloned().collect();
         let now = now();
-        let own = without_own_state(&facts, wanted.fresh_host_keys);
-        let inputs =
-            guest::Inputs { facts: &own, config: &config, identity: &identity, claimed: &claimed, secret_args: &secret_args, fstab_root: None, now };
+        let inputs = guest::Inputs {
+            facts: &facts,
+            config: &config,
+            identity: &identity,
+            claimed: &claimed,
+            secret_args: &secret_args,
+            fstab_root: None,
+            now,
+        };
         let mut injection = guest::inject(&inputs)?;
         if !wanted.expand_templates && !claimed.is_empty() {
             let paths: Vec<&str> = claimed.iter().map(String::as_str).collect();
@@ -369,7 +380,11 @@ fn config_of(wanted: &Reconfigure, record: &VolumeRecord, facts: &GuestFacts) ->
     let old = &record.mapping.identity;
     let is_id = |id: &str| id.len() == 32 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) && id.bytes().any(|byte| byte != b'0');
     let has = facts.text("/etc/machine-id").map(str::trim).filter(|id| is_id(id)).unwrap_or(&old.machine_id);
+    let mut setup = wanted.instance.setup.clone();
+    let skipped: Vec<Operation> = OWN_STATE.into_iter().filter(|operation| !setup.scrub_skip.contains(operation)).collect();
+    setup.scrub_skip.extend(skipped);
     InstanceConfig {
+        setup,
         hostname: wanted.instance.hostname.clone().or_else(|| old.hostname.as_deref().and_then(|name| name.parse().ok())),
         machine_id: wanted.instance.machine_id.clone().or_else(|| Some(has.to_owned())),
         ssh_host_keys: if wanted.fresh_host_keys { HostKeys::Fresh } else { HostKeys::Keep },
@@ -381,24 +396,6 @@ fn config_of(wanted: &Reconfigure, record: &VolumeRecord, facts: &GuestFacts) ->
 fn recorded_args(facts: &GuestFacts) -> serde_json::Map<String, Value> {
     let document: Option<Value> = facts.text(applied::PATH).and_then(|text| serde_json::from_str(text).ok());
     document.and_then(|mut document| document.get_mut("args").map(Value::take)).and_then(|args| args.as_object().cloned()).unwrap_or_default()
-}
-
-/// The facts without what a first injection would remove as another machine's. Names and addresses of interfaces that are bound to hardware, and leases,
-/// are still removed: they would come between the guest and its new addresses.
-fn without_own_state(facts: &GuestFacts, fresh_host_keys: bool) -> GuestFacts {
-    let mut own = facts.clone();
-    for rule in &RULES {
-        let is_network = rule.directory == "/etc/udev/rules.d" || rule.name.contains("lease") || rule.directory == "/var/lib/wicked";
-        let is_host_key = matches!(rule.directory, "/etc/ssh" | "/etc/dropbear");
-        if is_network || (is_host_key && fresh_host_keys) {
-            continue;
-        }
-        let Some((directory, _)) = facts.resolve(rule.directory) else { continue };
-        for (name, _) in facts.children(&directory).filter(|(name, _)| glob(rule.name, name)) {
-            own.nodes.remove(&format!("{}/{name}", directory.trim_end_matches('/')));
-        }
-    }
-    own
 }
 
 /// Who the guest is afterwards. Host keys are those in the guest, whoever made them.
@@ -452,42 +449,6 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::facts::{Node, NodeKind};
-
-    fn facts(paths: &[&str]) -> GuestFacts {
-        let mut facts = GuestFacts::default();
-        for path in paths {
-            let ends = path.char_indices().filter(|(_, c)| *c == '/').map(|(at, _)| at.max(1));
-            for end in ends {
-                facts.nodes.insert(path[..end].to_owned(), Node { kind: NodeKind::Directory, mode: 0o755, uid: 0, gid: 0 });
-            }
-        }
-        for path in paths {
-            facts.nodes.insert((*path).to_owned(), Node { kind: NodeKind::File { size: 1, content: None }, mode: 0o600, uid: 0, gid: 0 });
-        }
-        facts
-    }
-
-    #[test]
-    fn an_instances_own_state_is_kept_and_what_would_hide_its_new_addresses_is_not() {
-        let all = facts(&[
-            "/etc/ssh/ssh_host_ed25519_key",
-            "/var/lib/systemd/random-seed",
-            "/var/lib/systemd/credential.secret",
-            "/var/lib/NetworkManager/secret_key",
-            "/var/lib/cloud/instance",
-            "/var/lib/dhcp/dhclient.eth0.leases",
-            "/etc/udev/rules.d/70-persistent-net.rules",
-            "/etc/hosts",
-        ]);
-        let seen = |fresh| -> Vec<String> {
-            let own = without_own_state(&all, fresh);
-            own.nodes.iter().filter(|(_, node)| node.kind != NodeKind::Directory).map(|(path, _)| path.clone()).collect()
-        };
-        assert_eq!(seen(false), ["/etc/hosts", "/etc/udev/rules.d/70-persistent-net.rules", "/var/lib/dhcp/dhclient.eth0.leases"]);
-        assert!(seen(true).contains(&"/etc/ssh/ssh_host_ed25519_key".to_owned()));
-    }
-
     #[test]
     fn known_hosts_lines_have_the_new_names_and_keep_addresses_that_stay() {
         let old = GuestIdentity {

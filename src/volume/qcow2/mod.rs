@@ -68,14 +68,14 @@ pub struct Qcow2 {
     source: Source,
     header: Header,
     l1: Vec<u64>,
-    backing: Option<Box<Layer>>,
+    backing: Option<Layer>,
     cache: Mutex<Cache>,
 }
 
 /// What is behind an image.
 enum Layer {
     Raw(Source),
-    Qcow2(Qcow2),
+    Qcow2(Box<Qcow2>),
 }
 
 #[derive(Default)]
@@ -116,10 +116,10 @@ impl Qcow2 {
                     return Err(unsupported(&source.name, format!("a backing file with {which}")));
                 }
                 let behind = opener(&source.name, name)?;
-                Some(Box::new(match format {
+                Some(match format {
                     Some("raw") => Layer::Raw(behind),
-                    _ => Layer::Qcow2(Self::open_at(behind, opener, names)?),
-                }))
+                    _ => Layer::Qcow2(Box::new(Self::open_at(behind, opener, names)?)),
+                })
             }
         };
         Ok(Qcow2 { source, header, l1, backing, cache: Mutex::default() })

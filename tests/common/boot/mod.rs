@@ -322,7 +322,8 @@ fn add_firmware(qemu: &mut Command, firmware: Firmware, scratch: &Path) {
 fn firmware_boot_script() -> String {
     let report = initramfs::report_script();
     format!(
-        r#"mkdir -p /run/boot
+        r#"mount -o remount,exec /run
+mkdir -p /run/boot
 printf '#!/bin/sh\necho o >/proc/sysrq-trigger\nsleep 60\n' >/run/boot/busybox
 chmod 0755 /run/boot/busybox
 cat >/run/boot/report.sh <<'END-OF-REPORT-SCRIPT'
