@@ -17,6 +17,7 @@ readonly TEST=(
     mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.vfat:dosfstools mcopy:mtools sgdisk:gdisk sfdisk:fdisk losetup:mount
     unshare:util-linux setfattr:attr setfacl:acl setcap:libcap2-bin python3:python3-minimal /usr/lib/python3/dist-packages:python3
     qemu-img:qemu-utils ssh-keygen:openssh-client dropbearkey:dropbear-bin visudo:sudo file:file
+    matchpathcon:selinux-utils semodule:policycoreutils
     # scripts/fuzz.sh: libFuzzer is C++.
     c++:g++
     # Guests: emulator and a busybox without libraries.

@@ -365,3 +365,46 @@ fn files_have_owners_by_name_and_extended_attributes() {
         assert!(try_with(&facts, &document).is_err(), "{document}");
     }
 }
+
+#[test]
+fn files_are_labelled_by_the_images_policy_where_its_tree_has_labels() {
+    let mut facts = guest_trees::fedora_network_manager();
+    put(&mut facts, "/.autorelabel", &Is::Dir);
+    facts.nodes.remove("/.autorelabel");
+    let policy = "/etc/selinux/targeted/contexts/files/file_contexts";
+    put(
+        &mut facts,
+        policy,
+        &Is::Text("/etc(/.*)?\tsystem_u:object_r:etc_t:s0\n/etc/ssh/.*key\t--\tsystem_u:object_r:sshd_key_t:s0\n/srv/.* <<none>>\n"),
+    );
+    put(&mut facts, &format!("{policy}.homedirs"), &Is::Text("/home/[^/]+/\\.ssh(/.*)?\tunconfined_u:object_r:ssh_home_t:s0\n"));
+    let document = json!({"authorized_keys": {"ada": [KEY]}, "files": [{"path": "/opt/new/deep/x", "content": ""}, {"path": "/srv/x", "content": ""},
+        {"path": "/etc/mine", "content": "", "xattrs": {"security.selinux": "bWluZQ=="}}]});
+    let relabelled = with(&facts, document.clone());
+    assert!(edit(&relabelled, "/.autorelabel").is_some(), "a tree without labels needs them everywhere");
+    facts.labels.insert("/".into(), "system_u:object_r:root_t:s0".into());
+    let injection = with(&facts, document.clone());
+    assert!(edit(&injection, "/.autorelabel").is_none());
+    let label = |path: &str| injection.report.changes.iter().rfind(|change| change.path == path).expect("a change").label.clone();
+    for (path, wanted) in [
+        ("/etc/hostname", Some("system_u:object_r:etc_t:s0")),
+        ("/etc/ssh/ssh_host_ed25519_key", Some("system_u:object_r:sshd_key_t:s0")),
+        ("/home/ada/.ssh", Some("unconfined_u:object_r:ssh_home_t:s0")),
+        ("/home/ada/.ssh/authorized_keys", Some("unconfined_u:object_r:ssh_home_t:s0")),
+        ("/opt/new/deep/x", Some("system_u:object_r:root_t:s0")),
+        ("/opt/new", Some("system_u:object_r:root_t:s0")),
+        ("/etc/mine", Some("mine")),
+        ("/srv/x", None),
+    ] {
+        assert_eq!(label(path).as_deref(), wanted, "{path}");
+    }
+    let EditOp::WriteFile { attrs, .. } = &edit(&injection, "/etc/hostname").expect("written").op else { panic!("a file") };
+    assert_eq!(attrs.xattrs[0].value.last(), Some(&0), "as setfilecon(3) writes it");
+    for (wish, relabels) in [("relabel", true), ("leave", false)] {
+        let mut document = document.clone();
+        document["selinux"] = json!(wish);
+        let injection = with(&facts, document);
+        assert_eq!(edit(&injection, "/.autorelabel").is_some(), relabels, "{wish}");
+        assert!(injection.report.changes.iter().all(|change| change.label.as_deref().is_none_or(|label| label == "mine")));
+    }
+}

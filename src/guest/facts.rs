@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// Content kept per file, bytes; larger files are listed without content.
-pub const CONTENT_LEN_MAX: u64 = 256 * 1024;
+///
+/// An SELinux policy's file_contexts, the largest that is read, has some 400 KiB.
+pub const CONTENT_LEN_MAX: u64 = 1024 * 1024;
 /// Content kept in all, bytes; beyond it files are listed without content.
 pub const CONTENT_TOTAL_MAX: u64 = 16 * 1024 * 1024;
 
@@ -15,6 +17,9 @@ pub const CONTENT_TOTAL_MAX: u64 = 16 * 1024 * 1024;
 pub struct GuestFacts {
     /// By absolute path (bytes that are not UTF-8 make a path unknown here: nothing that injection cares about has such a name).
     pub nodes: BTreeMap<String, Node>,
+    /// SELinux labels (`security.selinux`, without its NUL) of the paths in `nodes` that came with one.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// One path of the tree.

@@ -17,6 +17,7 @@
 //!              services     units, first-boot script
 //!              cloud_init   what cloud-init must not undo
 //!              files        what the caller wants besides
+//!              selinux      labels by the image's policy, or a request to relabel
 //!              applied      /.cloudlet/applied_config, without secrets
 //! ```
 //!
@@ -48,6 +49,7 @@ pub mod report;
 pub mod resolv;
 pub mod scrub;
 pub mod seed;
+pub mod selinux;
 pub mod services;
 pub mod setup;
 pub mod ssh;
@@ -128,20 +130,10 @@ pub fn inject(inputs: &Inputs<'_>) -> Result<Injection> {
     let done =
         cloud_init::Done { hostname: hostname.is_some(), host_keys: config.ssh_host_keys == config::HostKeys::Keep || !ssh_host_keys.is_empty() };
     cloud_init::write_settings(&mut plan, facts, done)?;
-    relabel_if_selinux(&mut plan, facts)?;
+    let (mut labeller, relabel) = selinux::Labeller::of(facts, config.setup.selinux);
+    selinux::relabel(&mut plan, relabel)?;
     applied::write_applied_config(&mut plan, config, secret_args, &machine_id, now)?;
-    let (edits, changes, notes, warnings) = plan.finish();
+    let (edits, changes, notes, warnings) = plan.finish(&mut labeller);
     let hostname = hostname.map(|name| name.to_string());
     Ok(Injection { edits, report: Report { hostname, machine_id, network, ssh_host_keys, users, changes, notes, warnings } })
-}
-
-/// Files that are written without SELinux labels can't be read by confined services when the guest enforces. Labels are a property of the guest's
-/// own policy, which only the guest can compute: it is asked to relabel at its first boot (selinux-autorelabel-generator reads the file).
-fn relabel_if_selinux(plan: &mut Plan<'_>, facts: &GuestFacts) -> Result<()> {
-    let Some(text) = facts.text("/etc/selinux/config") else { return Ok(()) };
-    if !matches!(tree::shell_variable(text, "SELINUX"), Some("enforcing" | "permissive")) {
-        return Ok(());
-    }
-    plan.notes.push("the image uses SELinux: the guest relabels its files at the first boot and restarts once".into());
-    plan.write("/.autorelabel", "", 0o644, "files written here have no SELinux labels yet")
 }

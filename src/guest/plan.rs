@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use crate::{
     error::{Error, Kind, Result, Stage},
     fs::edit::{Attrs, Edit, EditOp},
-    guest::{facts::GuestFacts, report::Change},
+    guest::{facts::GuestFacts, report::Change, selinux::Labeller},
     names::GuestPath,
 };
 
@@ -109,13 +109,14 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The edits in order: removals, then writes. A file that is written anyway is not removed first, but a directory's symlink in the way is.
-    pub fn finish(self) -> (Vec<Edit>, Vec<Change>, Vec<String>, Vec<String>) {
+    /// The edits in order, labelled: removals, then writes. A file that is written anyway is not removed first, but a directory's symlink in the way is.
+    pub fn finish(self, labeller: &mut Labeller<'_>) -> (Vec<Edit>, Vec<Change>, Vec<String>, Vec<String>) {
         let written: BTreeSet<&GuestPath> =
             self.writes.iter().filter(|edit| !matches!(edit.op, EditOp::MakeDir { .. })).map(|edit| &edit.path).collect();
         let keep: Vec<bool> = self.removals.iter().map(|edit| !written.contains(&edit.path)).collect();
         let mut edits: Vec<Edit> = self.removals.into_iter().zip(keep).filter_map(|(edit, keep)| keep.then_some(edit)).collect();
         edits.extend(self.writes);
+        labeller.label(&mut edits);
         for edit in &mut edits {
             edit.why = printable(&edit.why);
         }

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::{
     fs::edit::{Edit, EditOp},
-    guest::plan::printable,
+    guest::{plan::printable, selinux::XATTR},
     names::Digest,
 };
 
@@ -109,6 +109,9 @@ pub struct Change {
     /// `uid:gid`, when the change sets them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
+    /// SELinux label, when the change sets one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label: Option<String>,
     /// Digest of the content, or `redacted` when the content is secret (a digest of a short secret gives it away).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
@@ -119,6 +122,14 @@ impl Change {
     pub fn of(edit: &Edit) -> Self {
         let attrs = match &edit.op {
             EditOp::WriteFile { attrs, .. } | EditOp::MakeDir { attrs } => Some((attrs.mode, attrs.uid, attrs.gid)),
+            _ => None,
+        };
+        let is_label = |name: &[u8]| name == XATTR.as_bytes();
+        let label = match &edit.op {
+            EditOp::WriteFile { attrs, .. } | EditOp::MakeDir { attrs } | EditOp::Symlink { attrs, .. } => {
+                attrs.xattrs.iter().find(|xattr| is_label(&xattr.name)).map(|xattr| &xattr.value)
+            }
+            EditOp::SetXattr { name, value } if is_label(name) => value.as_ref(),
             _ => None,
         };
         let content = match &edit.op {
@@ -133,6 +144,7 @@ impl Change {
             why: edit.why.clone(),
             mode: attrs.map(|(mode, ..)| format!("{mode:04o}")),
             owner: attrs.map(|(_, uid, gid)| format!("{uid}:{gid}")),
+            label: label.map(|value| printable(String::from_utf8_lossy(value).trim_end_matches('\0'))),
             content,
         }
     }

@@ -95,6 +95,8 @@ const KEPT: &[&str] = &[
     "/etc/sysconfig/network-scripts/{ifcfg,route,route6,rule,rule6}-*",
     "/etc/sysconfig/network/{config,ifcfg-*,ifroute-*,ifrule-*,ifsysctl-*}",
     "/etc/selinux/config",
+    "/etc/selinux/*/contexts/files/file_contexts",
+    "/etc/selinux/*/contexts/files/file_contexts.{homedirs,local,subs,subs_dist}",
     "/etc/ssh/sshd_config",
     "/etc/ssh/sshd_config.d/*.conf",
     "/etc/network/interfaces",

@@ -18,6 +18,8 @@ use crate::{
         config::{InstanceConfig, Secret},
         fstab::{Mounts, RootMount},
         identity::Identity,
+        report::Change,
+        selinux::Labeller,
     },
     manifest::apply,
     mapping::GuestIdentity,
@@ -77,7 +79,9 @@ pub fn inject(
     let inputs =
         guest::Inputs { facts: &golden.facts, config: &config, identity, claimed: &claimed, secret_args: &secret_args, fstab_root: Some(&root), now };
     let injection = guest::inject(&inputs)?;
-    let templates: Vec<Value> = edits.iter().map(|edit| serde_json::json!({"path": edit.path.to_string(), "why": edit.why})).collect();
+    Labeller::of(&golden.facts, config.setup.selinux).0.label(&mut edits);
+    let templates = edits.iter().map(Change::of).map(serde_json::to_value).collect::<std::result::Result<Vec<Value>, _>>();
+    let templates = templates.map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
     edits.extend(injection.edits);
     let boot = boot_edits(resolved, golden, filesystem_uuid, identity.disk_guid, &edits)?;
     edits.extend(boot.edits);

@@ -15,7 +15,10 @@ use std::{
 use super::{Entry, EntryKind, Meta, Span, TreeSink, error_of_read};
 use crate::{
     error::{Result, Stage},
-    guest::facts::{CONTENT_LEN_MAX, CONTENT_TOTAL_MAX, FactsPolicy, GuestFacts, Node, NodeKind},
+    guest::{
+        facts::{CONTENT_LEN_MAX, CONTENT_TOTAL_MAX, FactsPolicy, GuestFacts, Node, NodeKind},
+        selinux::XATTR,
+    },
     names::GuestPath,
 };
 
@@ -80,6 +83,11 @@ impl<'a> Collector<'a> {
             self.others.insert(self.hash(&entry.path), without_content(&node));
         }
         let Ok(path) = std::str::from_utf8(entry.path.as_bytes()) else { return };
+        let label = entry.meta.xattrs.iter().find(|xattr| xattr.name == XATTR.as_bytes()).and_then(|xattr| std::str::from_utf8(&xattr.value).ok());
+        self.facts.labels.remove(path);
+        if let Some(label) = label.filter(|_| self.policy.lists(path)) {
+            self.facts.labels.insert(path.to_owned(), label.trim_end_matches('\0').to_owned());
+        }
         if self.policy.lists(path) {
             self.list_parents(&entry.path);
             self.put(path, node);

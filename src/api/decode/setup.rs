@@ -35,6 +35,7 @@ pub(super) fn setup(field: &str, message: &proto::InstanceConfig) -> Result<Gues
             Ok(UnitSetup { name: unit.name.clone(), state: parsed(&format!("{field}.state"), &unit.state)? })
         })?,
         first_boot_script: (!message.first_boot_script.is_empty()).then(|| Secret::new(message.first_boot_script.clone())),
+        selinux: optional(&at("selinux"), &message.selinux)?.unwrap_or_default(),
         cloud_init: message.cloud_init.as_ref().map(|seed| CloudInitSeed {
             user_data: Secret::new(seed.user_data.clone()),
             vendor_data: (!seed.vendor_data.is_empty()).then(|| Secret::new(seed.vendor_data.clone())),
@@ -64,6 +65,7 @@ pub(super) fn canonical(message: &proto::InstanceConfig, hidden: &dyn Fn(&[u8]) 
         "scrub_skip": message.scrub_skip,
         "scrub_also": message.scrub_also,
         "units": message.units.iter().map(|unit| format!("{} {}", unit.name, unit.state)).collect::<Vec<_>>(),
+        "selinux": message.selinux,
         "first_boot_script": hidden(&message.first_boot_script),
         // A map has no order: the JSON of a Struct does.
         "cloud_init": message.cloud_init.as_ref().map(|seed| json!([

@@ -30,6 +30,7 @@
 //!   "timezone": "Europe/Berlin", "locale": "de_DE.UTF-8", "keymap": "de", "hardware_clock": "utc",
 //!   "units": [{"name": "nginx.service", "state": "enabled"}, {"name": "apt-daily.timer", "state": "masked"}],
 //!   "first_boot_script": "#!/bin/sh\n…", "cloud_init": {"user_data": "#cloud-config\n…", "vendor_data": "…", "meta_data": {}},
+//!   "selinux": "auto",
 //!   "scrub_skip": ["dhcp"], "scrub_also": ["logs", "shell-history"]
 //! }
 //! ```

@@ -29,6 +29,7 @@ pub(super) fn setup(fields: &mut Fields<'_>) -> Result<GuestSetup> {
         units: fields.optional("units", |cursor| cursor.list(unit))?.unwrap_or_default(),
         first_boot_script: fields.optional("first_boot_script", |cursor| Ok(Secret::new(cursor.text()?)))?,
         cloud_init: fields.optional("cloud_init", cloud_init)?,
+        selinux: fields.optional("selinux", Cursor::parse)?.unwrap_or_default(),
     })
 }
 

@@ -42,6 +42,20 @@ pub struct GuestSetup {
     pub first_boot_script: Option<Secret>,
     /// A seed for the image's cloud-init.
     pub cloud_init: Option<CloudInitSeed>,
+    /// How files get their SELinux labels.
+    pub selinux: Selinux,
+}
+
+/// What is done about SELinux, in images that use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Selinux {
+    /// Labels by the image's policy where its tree came with labels, else the guest relabels itself.
+    #[default]
+    Auto,
+    /// The guest relabels itself at its first boot.
+    Relabel,
+    /// Nothing.
+    Leave,
 }
 
 /// One service.
@@ -188,6 +202,7 @@ macro_rules! words {
 
 words!(Sudo, "no" => Sudo::No, "password" => Sudo::WithPassword, "nopasswd" => Sudo::WithoutPassword);
 words!(UnitState, "enabled" => UnitState::Enabled, "disabled" => UnitState::Disabled, "masked" => UnitState::Masked);
+words!(Selinux, "auto" => Selinux::Auto, "relabel" => Selinux::Relabel, "leave" => Selinux::Leave);
 words!(KeyType, "ed25519" => KeyType::Ed25519, "ecdsa" => KeyType::Ecdsa, "rsa" => KeyType::Rsa);
 words!(HardwareClock, "utc" => HardwareClock::Utc, "local" => HardwareClock::Local);
 words!(RootLogin, "image" => RootLogin::Image, "keys-only" => RootLogin::KeysOnly, "password" => RootLogin::Password, "no" => RootLogin::No);
