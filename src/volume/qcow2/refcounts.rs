@@ -253,7 +253,7 @@ mod tests {
             let mut block = vec![0; 64];
             let bits = 1u32 << order;
             let max = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
-            let entries = 64 * 8 >> order;
+            let entries = (64 * 8) >> order;
             for index in 0..entries {
                 put_count(&mut block, index, order, (index * 7 + 1) & max);
             }
