@@ -18,7 +18,7 @@ use cloudletd::{
     },
     names::VolumeName,
     progress::Progress,
-    target::{Place, Pool, Volume, VolumeFormat, VolumePlan, Wanted, block, target_for},
+    target::{Place, Pool, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted, ZeroPolicy, block, target_for},
 };
 use target_kit::{Kit, MIB, make_patch, reads_zero, render, same_bytes, text, tool};
 
@@ -305,4 +305,56 @@ fn a_volume_whose_device_is_gone_counts_as_deleted() {
     let volume = device.render(&make_patch(2 * MIB, 1), true).expect("renders");
     std::fs::remove_file(device.link()).expect("remove");
     target_for(VolumeFormat::Block).delete(&device.pool, &volume).expect("nothing to do");
+}
+
+/// The device renders `patch` by every zero policy: golden, patch, and zeros everywhere else.
+#[test]
+fn every_zero_policy_leaves_nothing_of_the_previous_tenant_but_keep_beyond_the_volume() {
+    for policy in [ZeroPolicy::Auto, ZeroPolicy::ZeroOut, ZeroPolicy::Discard, ZeroPolicy::Write, ZeroPolicy::Keep] {
+        let device = Device::new(16 * MIB, 40 * MIB);
+        let patch = make_patch(24 * MIB, 20);
+        let options = VolumeOptions { zero_policy: Some(policy), verify: true, ..VolumeOptions::default() };
+        let volume = target_kit::render_as(&device.pool, &device.kit.golden, VolumeFormat::Block, "vm-disk", &patch, &options)
+            .unwrap_or_else(|error| panic!("{policy:?}: {error:?}"));
+        assert_eq!(volume.options, options);
+        assert!(same_bytes(device.node(), &device.kit.reference(&patch), 24 * MIB), "{policy:?}");
+        assert_eq!(reads_zero(device.node(), 24 * MIB, 40 * MIB), policy != ZeroPolicy::Keep, "{policy:?}");
+        if policy == ZeroPolicy::Keep {
+            let mut tail = vec![0; 16 * MIB as usize];
+            File::open(device.node()).expect("open").read_exact_at(&mut tail, 24 * MIB).expect("read");
+            assert!(tail.iter().all(|byte| *byte == 0xa5), "what is kept is kept whole");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_cannot_zero_by_itself_is_refused_before_anything_is_written_when_that_was_asked_for() {
+    let device = Device::new(2 * MIB, 8 * MIB);
+    let number = cloudletd::host::mounts::block_number(device.node()).expect("a device");
+    let limit = PathBuf::from(format!("/sys/dev/block/{}:{}/queue/write_zeroes_max_bytes", number.0, number.1));
+    let can = std::fs::read_to_string(&limit).expect("readable").trim() != "0";
+    let options = VolumeOptions { zero_policy: Some(ZeroPolicy::ZeroOut), ..VolumeOptions::default() };
+    let check = target_for(VolumeFormat::Block).check(&Wanted { options: &options, ..Wanted::new(&device.pool, &name(), 2 * MIB, 2 * MIB) });
+    let rendered = target_kit::render_as(&device.pool, &device.kit.golden, VolumeFormat::Block, "vm-disk", &BlockPatch::new(2 * MIB), &options);
+    assert_eq!((check.is_ok(), rendered.is_ok()), (can, can));
+    for error in [check.err(), rendered.err()].into_iter().flatten() {
+        assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "ZERO_OUT_UNSUPPORTED"));
+        assert!(device.is_untouched());
+    }
+}
+
+#[test]
+fn tiny_and_empty_sources_work_on_devices() {
+    for (golden_bytes, size) in [(4096, 4096), (4096, 64 * 1024), (64 * 1024, 64 * 1024)] {
+        let device = Device::new(2 * MIB, 3 * MIB);
+        let path = device.kit.directory.path().join("tiny.img");
+        File::create(&path).expect("create").set_len(golden_bytes).expect("size");
+        let golden = cloudletd::target::GoldenDisk { path, size_bytes: golden_bytes, digest: cloudletd::names::Digest::of(b"tiny") };
+        let mut patch = BlockPatch::new(size);
+        patch.insert(size / 4096 - 1, vec![0x5b; 4096].into());
+        let options = VolumeOptions { verify: true, ..VolumeOptions::default() };
+        target_kit::render_as(&device.pool, &golden, VolumeFormat::Block, "vm-disk", &patch, &options).expect("renders");
+        assert!(same_bytes(device.node(), &device.kit.reference_of(&golden, &patch), size));
+        assert!(reads_zero(device.node(), size, 3 * MIB), "{golden_bytes} {size}");
+    }
 }

@@ -111,6 +111,14 @@ impl Claim {
         self.size_bytes
     }
 
+    /// Whether the device can make ranges read as zeros by itself: `queue/write_zeroes_max_bytes` of it, or of the disk that it is a partition of, in
+    /// sysfs (Documentation/ABI/stable/sysfs-block) is not 0.
+    pub fn zeroes_by_itself(&self) -> bool {
+        let directory = PathBuf::from(format!("/sys/dev/block/{}:{}", self.id.major, self.id.minor));
+        let limit = ["queue", "../queue"].iter().find_map(|queue| std::fs::read_to_string(directory.join(queue).join("write_zeroes_max_bytes")).ok());
+        limit.and_then(|text| text.trim().parse::<u64>().ok()).is_some_and(|bytes| bytes > 0)
+    }
+
     /// A second descriptor of the same device for aligned direct I/O. It is opened through the first one, not by name.
     pub fn open_direct(&self) -> Result<File> {
         OpenOptions::new()
@@ -275,6 +283,11 @@ fn number_of(meta: &std::fs::Metadata) -> (u32, u32) {
 
 fn changed(path: &Path, why: impl Into<String>) -> Error {
     Error::new(Kind::Conflict, Stage::Target, path.display().to_string(), why).with_reason("DEVICE_CHANGED")
+}
+
+/// Tells the device that a range is not needed (`BLKDISCARD`); what it reads as afterwards is undefined. `EOPNOTSUPP`: it can't.
+pub fn discard_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    sys::discard(file, offset, len)
 }
 
 /// Makes `len` bytes from `offset` read as zeros: by the device where it can, else by writing them. Both are multiples of the logical block size.

@@ -164,6 +164,12 @@ impl LoopDevice {
         &self.bound.as_ref().expect("only close and keep take it, and they consume the guard").node
     }
 
+    /// Whether it bypasses the page cache of its file, as the kernel decided.
+    pub fn is_direct(&self) -> Result<bool> {
+        let status = sys::loop_status(self.file()).map_err(|error| self.error("query", error))?;
+        Ok(status.flags & LOOP_DIRECT_IO != 0)
+    }
+
     /// Gives up the lock that keeps udev away, for tools that lock the device themselves (mkfs.btrfs).
     pub fn unlock(&self) -> Result<()> {
         rustix::fs::flock(self.file(), FlockOperation::Unlock).map_err(|errno| self.error("unlock", errno.into()))

@@ -8,11 +8,15 @@
 //!  drop     zero the first MiB, flush
 //! ```
 //!
-//! So a device that is half written has no boot sector, partition table or superblock. Zero policy: nothing is assumed about old content. Each byte of
-//! the device is either written from golden and patch, or zeroed (BLKZEROOUT, which is a promise of the device, else written zeros), to the device's
-//! very end: the previous tenant's data and backup partition table can't be read by the next.
+//! So a device that is half written has no boot sector, partition table or superblock. Nothing is assumed about old content. Each byte of the device is
+//! either written from golden and patch, or zeroed, to the device's very end: the previous tenant's data and backup partition table can't be read by the
+//! next, unless `ZeroPolicy::Keep` was asked for. How it is zeroed is the zero policy: BLKZEROOUT is a promise of the device, else zeros are written.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
@@ -20,11 +24,11 @@ use crate::{
     names::VolumeName,
     progress::Progress,
     target::{
-        Place, Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
-        bulk::{self, Source},
+        Place, Pool, Staged, Target, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted, ZeroPolicy,
+        bulk::{self, AlignedBuffer, PIECE_BYTES_MAX, Source},
         extents,
         pace::Pace,
-        publish,
+        publish, verify,
     },
     units::MIB,
 };
@@ -46,6 +50,7 @@ impl Target for Block {
         wanted.options.check(self.format())?;
         let claim = claim(wanted.pool, wanted.name, Access::Inspect)?;
         refuse_too_small(&claim, wanted.size_bytes)?;
+        refuse_zero_policy(&claim, zero_policy(wanted.options))?;
         check_content(&claim, wanted.overwrite, wanted.replace)
     }
 
@@ -56,12 +61,15 @@ impl Target for Block {
         let golden = extents::open_golden(plan.golden)?;
         let claim = claim(plan.pool, plan.name, Access::Write)?;
         refuse_too_small(&claim, plan.patch.size_bytes())?;
+        refuse_zero_policy(&claim, zero_policy(plan.options))?;
         check_content(&claim, plan.overwrite, plan.replace)?;
         let object = claim.path().display().to_string();
         let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
         let mut head = vec![0; HEAD_BYTES.min(plan.patch.size_bytes()) as usize];
         source.read(&mut head, 0).map_err(|error| Error::io(Stage::Target, object.as_str(), "read the head of the golden image", error))?;
         let mut staged = StagedDevice { claim, head, published: false, volume: volume(plan) };
+        let policy = zero_policy(plan.options);
+        let end = if policy == ZeroPolicy::Keep { plan.patch.size_bytes() } else { staged.claim.size_bytes() };
         staged.volume.virtual_size_bytes = staged.claim.size_bytes();
         staged.volume.allocated_size_bytes = staged.claim.size_bytes();
         staged.volume.pinned = Some(staged.claim.id());
@@ -70,15 +78,24 @@ impl Target for Block {
         let data = extents::data_ranges(&golden, plan.golden.size_bytes, &plan.golden.path)?;
         let written = extents::union(&data, &extents::patch_ranges(plan.patch));
         // The head is dealt with apart: as zeros above, with its content when published.
-        let gaps = extents::complement(&extents::union(&written, std::slice::from_ref(&(0..HEAD_BYTES))), staged.claim.size_bytes());
+        let gaps = extents::complement(&extents::union(&written, std::slice::from_ref(&(0..HEAD_BYTES))), end);
         let mut pieces = Vec::new();
         for range in &written {
             bulk::cut(range.start.max(HEAD_BYTES)..range.end.max(HEAD_BYTES), range.start.max(HEAD_BYTES), &mut pieces);
         }
         progress.enter(Stage::Target, extents::total(&written));
-        staged.zero(&gaps, pace)?;
-        bulk::write(source, &pieces, &staged.claim.open_direct()?, &object, pace)?;
+        let direct = staged.claim.open_direct()?;
+        match policy {
+            ZeroPolicy::Auto | ZeroPolicy::ZeroOut | ZeroPolicy::Keep => staged.zero(&gaps, pace)?,
+            ZeroPolicy::Discard => staged.discard(&gaps, &direct, pace)?,
+            // What lies in no piece of golden and patch is read from there as zeros.
+            ZeroPolicy::Write => gaps.iter().for_each(|gap| bulk::cut(gap.clone(), gap.start, &mut pieces)),
+        }
+        bulk::write(source, &pieces, &direct, &object, pace)?;
         staged.flush("flush the data")?;
+        if plan.options.verify {
+            verify::device(source, HEAD_BYTES.min(end)..end, &direct, staged.claim.path(), pace)?;
+        }
         Ok(Box::new(staged))
     }
 
@@ -157,6 +174,31 @@ impl StagedDevice {
         Ok(())
     }
 
+    /// Discards what is to read as zeros, and zeroes what does not afterwards: a discard promises nothing about what is read.
+    fn discard(&self, gaps: &[std::ops::Range<u64>], direct: &File, pace: Pace<'_>) -> Result<()> {
+        let mut memory = AlignedBuffer::new();
+        for gap in gaps {
+            pace.progress.check()?;
+            match block::discard_range(self.claim.file(), gap.start, gap.end - gap.start) {
+                // It can't discard: all of it is read and zeroed where it has to be.
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+                other => other.map_err(|error| self.error(&format!("discard {} bytes at {}", gap.end - gap.start, gap.start), error))?,
+            }
+            let mut at = gap.start;
+            while at < gap.end {
+                let len = (gap.end - at).min(PIECE_BYTES_MAX);
+                pace.take(len)?;
+                let buffer = memory.slice(len as usize);
+                direct.read_exact_at(buffer, at).map_err(|error| self.error(&format!("read what was discarded at {at}"), error))?;
+                if buffer.iter().any(|byte| *byte != 0) {
+                    block::zero_range(self.claim.file(), at, len).map_err(|error| self.error(&format!("zero {len} bytes at {at}"), error))?;
+                }
+                at += len;
+            }
+        }
+        Ok(())
+    }
+
     fn flush(&self, doing: &str) -> Result<()> {
         self.claim.file().sync_all().map_err(|error| self.error(doing, error))
     }
@@ -166,10 +208,17 @@ impl StagedDevice {
     }
 
     fn write_head(&mut self) -> Result<()> {
-        use std::os::unix::fs::FileExt;
         self.claim.verify()?;
         self.claim.file().write_all_at(&self.head, 0).map_err(|error| self.error("write the first MiB", error))?;
         self.flush("flush the first MiB")?;
+        if self.volume.options.verify {
+            let mut memory = AlignedBuffer::new();
+            let stored = memory.slice(self.head.len());
+            self.claim.open_direct()?.read_exact_at(stored, 0).map_err(|error| self.error("read back the first MiB", error))?;
+            if let Some(at) = stored.iter().zip(&self.head).position(|(left, right)| left != right) {
+                return Err(verify::differs(self.claim.path(), at as u64));
+            }
+        }
         self.claim.verify()
     }
 }
@@ -240,6 +289,18 @@ fn check_content(claim: &Claim, overwrite: bool, replace: Option<&Volume>) -> Re
         _ if overwrite => Ok(()),
         _ => claim.refuse_signatures(),
     }
+}
+
+fn zero_policy(options: &VolumeOptions) -> ZeroPolicy {
+    options.zero_policy.unwrap_or_default()
+}
+
+fn refuse_zero_policy(claim: &Claim, policy: ZeroPolicy) -> Result<()> {
+    if policy != ZeroPolicy::ZeroOut || claim.zeroes_by_itself() {
+        return Ok(());
+    }
+    let message = "can't zero by itself (write_zeroes_max_bytes is 0), which options.zero_policy insists on";
+    Err(Error::new(Kind::Unsupported, Stage::Target, claim.path().display().to_string(), message).with_reason("ZERO_OUT_UNSUPPORTED"))
 }
 
 fn refuse_too_small(claim: &Claim, size_bytes: u64) -> Result<()> {

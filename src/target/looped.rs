@@ -12,12 +12,12 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     host::{
         in_use,
-        loops::{self, LoopDevice, Options},
+        loops::{self, Lifetime, LoopDevice, Options},
         mounts,
     },
     progress::Progress,
     target::{
-        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
+        DirectIo, Pool, Staged, Target, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted,
         publish::{self, StagedFile},
         raw,
     },
@@ -40,11 +40,13 @@ impl Target for Looped {
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
-        Ok(Box::new(StagedLoop {
-            file: raw::stage(plan, self.format(), progress)?,
-            pool: plan.pool.clone(),
-            replaced: plan.replace.map(|old| old.path.clone()),
-        }))
+        let file = raw::stage(plan, self.format(), progress)?;
+        if plan.options.direct_io == Some(DirectIo::On) {
+            // Before anything is published, above all before an old volume is replaced.
+            let options = Options { lifetime: Lifetime::Guard, partitions: false, ..attach_options(plan.options) };
+            attach_as(file.path(), &options, plan.options)?.close()?;
+        }
+        Ok(Box::new(StagedLoop { file, pool: plan.pool.clone(), replaced: plan.replace.map(|old| old.path.clone()) }))
     }
 
     fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
@@ -53,7 +55,7 @@ impl Target for Looped {
         // The one that is known, else any: two daemons never attach one file, an operator may have.
         let device = match attached.iter().find(|device| **device == volume.device).or(attached.first()) {
             Some(device) => device.clone(),
-            None => attach(&volume.path)?,
+            None => attach(&volume.path, &volume.options)?,
         };
         Ok(Volume { device, ..volume })
     }
@@ -100,7 +102,7 @@ impl Staged for StagedLoop {
             loops::detach(&device)?;
         }
         let mut volume = file.publish()?;
-        match attach(&volume.path) {
+        match attach(&volume.path, &volume.options) {
             Ok(device) => volume.device = device,
             // Without its device the volume is not what was asked for: it goes again.
             Err(error) => {
@@ -114,11 +116,35 @@ impl Staged for StagedLoop {
     }
 }
 
-fn attach(path: &Path) -> Result<PathBuf> {
+/// Attaches a volume's file as was chosen for it.
+fn attach(path: &Path, chosen: &VolumeOptions) -> Result<PathBuf> {
+    Ok(attach_as(path, &attach_options(chosen), chosen)?.keep())
+}
+
+fn attach_options(chosen: &VolumeOptions) -> Options {
+    Options {
+        read_only: chosen.read_only.unwrap_or(false),
+        partitions: chosen.partition_scan.unwrap_or(true),
+        direct_io: chosen.direct_io != Some(DirectIo::Off),
+        ..Options::persistent()
+    }
+}
+
+/// `Unsupported` (reason `DIRECT_IO_UNSUPPORTED`): it was insisted on and the kernel does without; the device is detached again.
+fn attach_as(path: &Path, options: &Options, chosen: &VolumeOptions) -> Result<LoopDevice> {
     let file = OpenOptions::new()
         .read(true)
-        .write(true)
+        .write(!options.read_only)
         .open(path)
         .map_err(|error| Error::io(Stage::Target, path.display().to_string(), "open to attach it to a loop device", error))?;
-    Ok(LoopDevice::attach(&file, path, &Options::persistent())?.keep())
+    let device = LoopDevice::attach(&file, path, options)?;
+    if chosen.direct_io == Some(DirectIo::On) && !device.is_direct()? {
+        let message = "the file's filesystem can't do direct I/O for a loop device";
+        let error = Error::new(Kind::Unsupported, Stage::Target, path.display().to_string(), message).with_reason("DIRECT_IO_UNSUPPORTED");
+        return Err(match device.close() {
+            Ok(()) => error,
+            Err(cleanup) => error.with_cleanup_failure(cleanup),
+        });
+    }
+    Ok(device)
 }

@@ -3,6 +3,19 @@
 //! Life cycle: [`Target::check`] refuses what can be refused before anything is touched; [`Target::stage`] writes everything under a temporary
 //! name (or, on a raw device, everything but the first MiB); [`Staged::publish`] makes it durable and gives it its name. Dropping a [`Staged`]
 //! abandons it and leaves nothing. All of it runs on blocking threads.
+//!
+//! Flushes, each of which waits for the disk:
+//!
+//! | format              | flushes | what, and why                                                                                                   |
+//! |---------------------|---------|-----------------------------------------------------------------------------------------------------------------|
+//! | raw, qcow2, overlay | 2       | the file, so that a name never leads to less than a volume; then, renamed, its directory: the name               |
+//! | loop                | 2       | as raw; attaching needs none                                                                                     |
+//! | block               | 3       | the cleared head, before anything else is overwritten; the data, before the head that leads to it; the head      |
+//! | any, `verify`       | +1      | the data, before it is read back (block: it is flushed by then)                                                  |
+//!
+//! With a reflink the file's flush is a commit of the filesystem's journal and little else, and so is the directory's: that is one commit more than
+//! `cp --reflink` and one `sync`. It stays: to rename first and flush once would let a crash leave a name without its bytes, and only some filesystems
+//! promise that flushing a file makes its new name durable.
 
 pub mod block;
 mod bulk;
@@ -13,6 +26,7 @@ pub mod pace;
 mod publish;
 pub mod qcow2;
 pub mod raw;
+mod verify;
 
 use std::path::{Path, PathBuf};
 

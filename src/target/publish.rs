@@ -89,7 +89,7 @@ impl StagedFile {
     /// first, not by name.
     pub fn open_direct(&self) -> Result<File> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        match OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path) {
+        match OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 self.file.try_clone().map_err(|error| self.error("duplicate the descriptor", error))
             }

@@ -12,18 +12,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::io::Errno;
+use rustix::{fs::FallocateFlags, io::Errno};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
     fs::patch::BlockPatch,
     progress::Progress,
     target::{
-        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
+        Pool, Preallocation, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
         bulk::{self, Source},
         extents,
         pace::Pace,
         publish::{self, StagedFile},
+        verify,
     },
     units::{MIB, PATCH_BLOCK},
 };
@@ -75,25 +76,48 @@ pub(super) fn stage(plan: &VolumePlan<'_>, format: VolumeFormat, progress: &Prog
     let _priority = pace.lower_priority();
     let golden = extents::open_golden(plan.golden)?;
     let staged = StagedFile::create(plan, format)?;
-    let set_size = || staged.file().set_len(plan.patch.size_bytes()).map_err(|error| staged.error("set the size", error));
-    match share(&golden, &staged)? {
-        Sharing::Done => {
-            set_size()?;
-            apply(plan.patch, &staged, pace)?;
-        }
+    let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
+    let size = plan.patch.size_bytes();
+    let set_size = || staged.file().set_len(size).map_err(|error| staged.error("set the size", error));
+    let data = || {
+        let data = extents::data_ranges(&golden, plan.golden.size_bytes, &plan.golden.path)?;
+        Ok::<_, Error>(extents::union(&data, &extents::patch_ranges(plan.patch)))
+    };
+    let preallocation = plan.options.preallocation.unwrap_or_default();
+    // Blocks that are shared are allocated only when they are written: who wants them allocated gets no reflink.
+    let sharing = if preallocation == Preallocation::Sparse { share(&golden, &staged)? } else { Sharing::Impossible };
+    set_size()?;
+    match sharing {
+        Sharing::Done => apply(plan.patch, &staged, pace)?,
         Sharing::Impossible => {
-            set_size()?;
-            let data = extents::data_ranges(&golden, plan.golden.size_bytes, &plan.golden.path)?;
-            let ranges = extents::union(&data, &extents::patch_ranges(plan.patch));
+            // What lies outside golden and patch is read from there as zeros.
+            let whole = std::slice::from_ref(&(0..size)).to_vec();
+            let ranges = if preallocation == Preallocation::Full { whole } else { data()? };
             let mut pieces = Vec::new();
             ranges.iter().for_each(|range| bulk::cut(range.clone(), range.start, &mut pieces));
             progress.enter(Stage::Target, extents::total(&ranges));
-            let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
+            if preallocation == Preallocation::Falloc {
+                allocate(&staged, size)?;
+            }
             bulk::write_new(source, &pieces, &staged, pace)?;
         }
     }
+    if plan.options.verify {
+        verify::raw(source, &data()?, &staged, pace)?;
+    }
     progress.check()?;
     Ok(staged)
+}
+
+/// Allocates all of a file's space.
+fn allocate(staged: &StagedFile, size: u64) -> Result<()> {
+    rustix::fs::fallocate(staged.file(), FallocateFlags::empty(), 0, size).map_err(|errno| match errno {
+        Errno::OPNOTSUPP | Errno::NOSYS => {
+            let message = "the pool's filesystem can't allocate space in advance (fallocate)";
+            Error::new(Kind::Unsupported, Stage::Target, staged.path().display().to_string(), message).with_reason("PREALLOCATION_UNSUPPORTED")
+        }
+        _ => staged.error(format!("allocate {size} bytes"), errno.into()),
+    })
 }
 
 /// Makes the staged file share the golden's blocks, if its filesystem can. When not, the file is as it was.

@@ -10,10 +10,10 @@ use std::{
 
 use cloudletd::{
     fs::patch::BlockPatch,
-    host::loops,
+    host::loops::{self, LoopDevice, Options},
     names::{Digest, VolumeName},
     progress::Progress,
-    target::{GoldenDisk, Place, Pool, Volume, VolumeFormat, VolumePlan, target_for},
+    target::{GoldenDisk, Place, Pool, Volume, VolumeFormat, VolumeOptions, VolumePlan, target_for},
 };
 
 pub const MIB: u64 = 1 << 20;
@@ -53,10 +53,20 @@ impl Kit {
         render(&self.pool, &self.golden, format, name, patch, false)
     }
 
+    /// As [`Kit::render`] with what was chosen.
+    pub fn render_with(&self, format: VolumeFormat, name: &str, patch: &BlockPatch, options: &VolumeOptions) -> cloudletd::error::Result<Volume> {
+        render_as(&self.pool, &self.golden, format, name, patch, options)
+    }
+
     /// A raw file with golden and patch, written the plain way.
     pub fn reference(&self, patch: &BlockPatch) -> PathBuf {
+        self.reference_of(&self.golden, patch)
+    }
+
+    /// As [`Kit::reference`] for another golden.
+    pub fn reference_of(&self, golden: &GoldenDisk, patch: &BlockPatch) -> PathBuf {
         let path = self.directory.path().join("reference.raw");
-        std::fs::copy(&self.golden.path, &path).expect("copy");
+        std::fs::copy(&golden.path, &path).expect("copy");
         let mut permissions = std::fs::metadata(&path).expect("stat").permissions();
         std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o600);
         std::fs::set_permissions(&path, permissions).expect("chmod");
@@ -93,6 +103,20 @@ impl Drop for Kit {
             assert!(mounted.is_empty(), "mounts are left behind: {mounted:?}");
         }
     }
+}
+
+/// Stages and publishes with what was chosen.
+pub fn render_as(
+    pool: &Pool,
+    golden: &GoldenDisk,
+    format: VolumeFormat,
+    name: &str,
+    patch: &BlockPatch,
+    options: &VolumeOptions,
+) -> cloudletd::error::Result<Volume> {
+    let name: VolumeName = name.parse().expect("valid name");
+    let plan = VolumePlan { options, ..VolumePlan::new(pool, &name, golden, patch, "r-1") };
+    target_for(format).stage(&plan, &Progress::default())?.publish()
 }
 
 pub fn render(
@@ -165,6 +189,50 @@ impl Noise {
         }
         bytes.truncate(len);
         bytes
+    }
+}
+
+/// qemu-img finds no error in `path` and the same content as in the reference of `patch`.
+#[track_caller]
+pub fn judge(kit: &Kit, path: &Path, format: VolumeFormat, patch: &BlockPatch) {
+    let kind = if matches!(format, VolumeFormat::Qcow2 | VolumeFormat::Qcow2Overlay) { "qcow2" } else { "raw" };
+    if kind == "qcow2" {
+        let said = tool("qemu-img", &["check", "-f", kind, text(path)]);
+        assert!(said.contains("No errors were found"), "{said}");
+    }
+    let reference = kit.reference(patch);
+    let said = tool("qemu-img", &["compare", "-f", kind, "-F", "raw", text(path), text(&reference)]);
+    assert!(said.contains("Images are identical"), "{said}");
+    let info = tool("qemu-img", &["info", "-f", kind, "--output=json", text(path)]);
+    assert!(info.contains(&format!("\"virtual-size\": {},", patch.size_bytes())), "{info}");
+}
+
+/// A filesystem in a file, mounted below the kit's directory.
+pub struct Mounted {
+    device: Option<LoopDevice>,
+    pub point: PathBuf,
+}
+
+impl Mounted {
+    pub fn new(kit: &Kit, name: &str, mkfs: &[&str], size: u64) -> Self {
+        let (image, point) = (kit.directory.path().join(format!("{name}.fs")), kit.directory.path().join(name));
+        File::create(&image).expect("create").set_len(size).expect("size");
+        let arguments: Vec<&str> = mkfs[1..].iter().copied().chain([text(&image)]).collect();
+        tool(mkfs[0], &arguments);
+        std::fs::create_dir(&point).expect("mount point");
+        let file = File::options().read(true).write(true).open(&image).expect("open");
+        let device = LoopDevice::attach(&file, &image, &Options::guarded()).expect("attach");
+        tool("mount", &[text(device.path()), text(&point)]);
+        Mounted { device: Some(device), point }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        tool("umount", &[text(&self.point)]);
+        if let Some(device) = self.device.take() {
+            device.close().expect("detach");
+        }
     }
 }
 
