@@ -5,7 +5,6 @@ mod target_kit;
 use std::{
     fs::File,
     os::unix::fs::{FileExt, MetadataExt},
-    path::{Path, PathBuf},
 };
 
 use cloudletd::{
@@ -17,24 +16,9 @@ use cloudletd::{
     target::{Place, Pool, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
 };
 use proptest::prelude::*;
-use target_kit::{Kit, MIB, make_patch, render, text, tool};
+use target_kit::{Kit, MIB, Mounted, judge, make_patch, render, text, tool};
 
 const FILE_FORMATS: [VolumeFormat; 3] = [VolumeFormat::Raw, VolumeFormat::Qcow2, VolumeFormat::Qcow2Overlay];
-
-/// qemu-img finds no error in `path` and the same content as in the reference.
-#[track_caller]
-fn judge(kit: &Kit, path: &Path, format: VolumeFormat, patch: &BlockPatch) {
-    let kind = if format == VolumeFormat::Raw { "raw" } else { "qcow2" };
-    if kind == "qcow2" {
-        let said = tool("qemu-img", &["check", "-f", kind, text(path)]);
-        assert!(said.contains("No errors were found"), "{said}");
-    }
-    let reference = kit.reference(patch);
-    let said = tool("qemu-img", &["compare", "-f", kind, "-F", "raw", text(path), text(&reference)]);
-    assert!(said.contains("Images are identical"), "{said}");
-    let info = tool("qemu-img", &["info", "-f", kind, "--output=json", text(path)]);
-    assert!(info.contains(&format!("\"virtual-size\": {},", patch.size_bytes())), "{info}");
-}
 
 #[test]
 fn every_file_format_holds_golden_and_patch_and_passes_the_check() {
@@ -240,35 +224,6 @@ fn pools_of_the_wrong_kind_and_impossible_sizes_are_refused() {
     let error = render(&kit.pool, &short, VolumeFormat::Raw, "x", &BlockPatch::new(8 * MIB), false).expect_err("golden differs");
     assert_eq!(error.kind(), Kind::Corrupt);
     assert_eq!(kit.pool_content(), [""; 0]);
-}
-
-/// A filesystem in a file, mounted below the kit's directory.
-struct Mounted {
-    device: Option<LoopDevice>,
-    point: PathBuf,
-}
-
-impl Mounted {
-    fn new(kit: &Kit, name: &str, mkfs: &[&str], size: u64) -> Self {
-        let (image, point) = (kit.directory.path().join(format!("{name}.fs")), kit.directory.path().join(name));
-        File::create(&image).expect("create").set_len(size).expect("size");
-        let arguments: Vec<&str> = mkfs[1..].iter().copied().chain([text(&image)]).collect();
-        tool(mkfs[0], &arguments);
-        std::fs::create_dir(&point).expect("mount point");
-        let file = File::options().read(true).write(true).open(&image).expect("open");
-        let device = LoopDevice::attach(&file, &image, &Options::guarded()).expect("attach");
-        tool("mount", &[text(device.path()), text(&point)]);
-        Mounted { device: Some(device), point }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        tool("umount", &[text(&self.point)]);
-        if let Some(device) = self.device.take() {
-            device.close().expect("detach");
-        }
-    }
 }
 
 #[test]

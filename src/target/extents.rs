@@ -84,6 +84,15 @@ pub fn widen(ranges: &[Range<u64>], unit: u64) -> Ranges {
     wide
 }
 
+/// What lies below `size`.
+pub fn clip(mut ranges: Ranges, size: u64) -> Ranges {
+    ranges.retain(|range| range.start < size);
+    if let Some(last) = ranges.last_mut() {
+        last.end = last.end.min(size);
+    }
+    ranges
+}
+
 /// Bytes in all.
 pub fn total(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()

@@ -28,7 +28,7 @@ use crate::{
 /// Smallest and largest cluster of a qcow2 image (QEMU's docs/interop/qcow2.txt, `cluster_bits`; 2 MiB is QEMU's own limit).
 const CLUSTER_BYTES: std::ops::RangeInclusive<u64> = 4 * KIB..=2 * MIB;
 /// Extended L2 entries need clusters of at least this: a subcluster has 512 bytes or more (the same document, "Extended L2 Entries").
-const EXTENDED_L2_CLUSTER_BYTES_MIN: u64 = 16 * KIB;
+pub(super) const EXTENDED_L2_CLUSTER_BYTES_MIN: u64 = 16 * KIB;
 
 /// How an overlay names its golden image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -61,7 +61,9 @@ pub enum Preallocation {
     /// What holds data; the rest are holes.
     #[default]
     Sparse,
-    /// All of the virtual size is allocated (`fallocate(2)`), what holds no data is not written: a guest can't run out of space later.
+    /// All of the virtual size is allocated (`fallocate(2)`), what holds no data is not written: a guest can't run out of space later, unless the
+    /// filesystem writes elsewhere what is written again (btrfs). Nothing is shared with the golden. Refused (`PREALLOCATION_UNSUPPORTED`) where the
+    /// filesystem can't.
     Falloc,
     /// As `Falloc`, and zeros are written: a guest's first write needs no change of the filesystem's metadata.
     Full,
@@ -74,7 +76,8 @@ pub enum ZeroPolicy {
     /// `BLKZEROOUT`: by the device where it can, else the kernel writes zeros; where the kernel can't either, they are written here.
     #[default]
     Auto,
-    /// `BLKZEROOUT` by the device itself; a device that can't (`write_zeroes_max_bytes` is 0) is refused before anything is written.
+    /// `BLKZEROOUT` by the device itself; a device that can't (`write_zeroes_max_bytes` is 0) is refused (`ZERO_OUT_UNSUPPORTED`) before anything is
+    /// written.
     ZeroOut,
     /// `BLKDISCARD`, then all of it is read back; what does not read as zeros is zeroed as with `Auto`. For thin devices.
     Discard,

@@ -14,9 +14,13 @@
 //!
 //! - `overlay` writes images over a golden: our own writer, because the patch is known and qcow2-rs has neither raw backing files nor subclusters.
 //! - `standalone` lays out images that need no golden, copies the data, and has qcow2-rs put the patch in and read the image back.
-//! - `shim` is the only user of qcow2-rs.
+//! - `compressed` writes standalone images with compressed clusters, metadata last.
+//! - `header` is the header cluster, `reader` reads an image back by its tables, `shim` is the only user of qcow2-rs.
 
+mod compressed;
+mod header;
 pub mod overlay;
+mod reader;
 mod shim;
 pub mod standalone;
 
@@ -24,22 +28,28 @@ use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    target::extents::{self, Ranges},
-    units::{MIB, PATCH_BLOCK},
+    target::{
+        VolumeOptions, Wanted,
+        bulk::Source,
+        extents::{self, Ranges},
+        options::EXTENDED_L2_CLUSTER_BYTES_MIN,
+        pace::Pace,
+        publish::{self, StagedFile},
+        qcow2::{
+            header::{Choice, Header},
+            reader::Reader,
+        },
+        verify,
+    },
+    units::{KIB, MIB, PATCH_BLOCK},
 };
 
-/// Bytes of the fixed header that is written: version 3 without the compression type.
-const HEADER_BYTES: u32 = 104;
-/// QEMU refuses longer names.
-const BACKING_NAME_BYTES_MAX: usize = 1023;
 /// QEMU refuses larger L1 tables.
 const L1_BYTES_MAX: u64 = 32 * MIB;
 /// Refcounts have 2^4 bits, QEMU's default.
 const REFCOUNT_ORDER: u32 = 4;
 /// Refcount is one and the cluster may be written in place.
 const COPIED: u64 = 1 << 63;
-/// Incompatible feature bit 4.
-const EXTENDED_L2: u64 = 1 << 4;
 /// Subclusters per cluster with extended L2 entries.
 const SUBCLUSTERS: u64 = 32;
 
@@ -53,6 +63,51 @@ struct Geometry {
 }
 
 impl Geometry {
+    /// What `options` ask for. Subclusters are used where they are asked for or the format's default and the clusters are large enough for them. Clusters
+    /// have 128 KiB with them, so that one is a patch block, else 64 KiB, QEMU's default.
+    fn of(options: &VolumeOptions, subclusters_by_default: bool) -> Self {
+        let asked = options.cluster_size.map(|size| size.0);
+        let is_large_enough = asked.is_none_or(|size| size >= EXTENDED_L2_CLUSTER_BYTES_MIN);
+        let subclusters = options.extended_l2.unwrap_or(subclusters_by_default && is_large_enough);
+        let size = asked.unwrap_or(if subclusters { 128 * KIB } else { 64 * KIB });
+        Geometry { cluster_bits: size.trailing_zeros(), subclusters }
+    }
+
+    /// Bytes that are allocated together: a subcluster, or a cluster.
+    fn unit(self) -> u64 {
+        if self.subclusters { self.cluster() / SUBCLUSTERS } else { self.cluster() }
+    }
+
+    /// Which subclusters of guest cluster `guest` have bytes in `ranges`, which are ascending and do not touch.
+    fn bitmap(self, ranges: &[Range<u64>], guest: u64) -> u32 {
+        let start = guest * self.cluster();
+        let mut bits = 0;
+        let first = ranges.partition_point(|range| range.end <= start);
+        for range in ranges[first..].iter().take_while(|range| range.start < start + self.cluster()) {
+            let from = range.start.saturating_sub(start) / self.unit();
+            let to = (range.end - start).div_ceil(self.unit()).min(SUBCLUSTERS);
+            bits |= (from..to).fold(0, |bits, index| bits | 1 << index);
+        }
+        bits
+    }
+
+    fn l1_entries(self, virtual_size: u64) -> u64 {
+        virtual_size.div_ceil(self.cluster()).div_ceil(self.l2_entries()).max(1)
+    }
+
+    /// Clusters of refcount blocks and of the table that lists them for a file of `used` clusters and these.
+    fn refcount_clusters(self, used: u64) -> (u64, u64) {
+        let (mut blocks, mut table) = (1, 1);
+        loop {
+            let need = (used + blocks + table).div_ceil(self.refcounts_per_block());
+            let list = (need * 8).div_ceil(self.cluster());
+            if (need, list) == (blocks, table) {
+                return (blocks, table);
+            }
+            (blocks, table) = (need, list);
+        }
+    }
+
     fn cluster(self) -> u64 {
         1 << self.cluster_bits
     }
@@ -93,7 +148,7 @@ impl Layout {
     fn new(geometry: Geometry, virtual_size: u64, ranges: &[Range<u64>]) -> Result<Self> {
         let cluster = geometry.cluster();
         let per_table = geometry.l2_entries();
-        let l1_entries = virtual_size.div_ceil(cluster).div_ceil(per_table).max(1);
+        let l1_entries = geometry.l1_entries(virtual_size);
         if l1_entries * 8 > L1_BYTES_MAX {
             let message = format!("{virtual_size} bytes are too many for qcow2 clusters of {cluster} bytes");
             return Err(Error::new(Kind::Unsupported, Stage::Target, "", message));
@@ -111,16 +166,7 @@ impl Layout {
         }
         let l1_clusters = (l1_entries * 8).div_ceil(cluster);
         let fixed = 1 + l1_clusters + tables.len() as u64 + clusters;
-        // The refcount blocks count themselves and the table that lists them.
-        let (mut refblocks, mut reftable) = (1, 1);
-        loop {
-            let blocks = (fixed + refblocks + reftable).div_ceil(geometry.refcounts_per_block());
-            let table = (blocks * 8).div_ceil(cluster);
-            if (blocks, table) == (refblocks, reftable) {
-                break;
-            }
-            (refblocks, reftable) = (blocks, table);
-        }
+        let (refblocks, reftable) = geometry.refcount_clusters(fixed);
         let mut at = 1;
         let mut take = |count: u64| {
             let start = at;
@@ -147,10 +193,10 @@ impl Layout {
     }
 
     /// Sets the file's length and writes all metadata. `subclusters` gives the allocation bitmap of a guest cluster for extended L2 entries.
-    fn write_metadata(&self, file: &File, backing: Option<&[u8]>, subclusters: impl Fn(u64) -> u32) -> Result<(), io::Error> {
+    fn write_metadata(&self, file: &File, choice: Choice<'_>, subclusters: impl Fn(u64) -> u32) -> Result<(), io::Error> {
         let cluster = self.geometry.cluster();
         file.set_len(self.file_bytes())?;
-        file.write_all_at(&self.header(backing), 0)?;
+        file.write_all_at(&self.header(choice).bytes(), 0)?;
         let offsets =
             |range: &Range<u64>, flags: u64| -> Vec<u8> { range.clone().flat_map(|number| ((number * cluster) | flags).to_be_bytes()).collect() };
         write_sparse(file, &offsets(&self.refblocks, 0), self.reftable.start * cluster)?;
@@ -193,65 +239,36 @@ impl Layout {
         Ok(())
     }
 
-    /// The header with its extensions and the backing file's name. The name was checked by [`check_backing_name`].
-    fn header(&self, backing: Option<&[u8]>) -> Vec<u8> {
+    fn header<'a>(&self, choice: Choice<'a>) -> Header<'a> {
         let cluster = self.geometry.cluster();
-        let mut extensions = Vec::new();
-        let mut extension = |kind: u32, data: &[u8]| {
-            extensions.extend_from_slice(&kind.to_be_bytes());
-            extensions.extend_from_slice(&(data.len() as u32).to_be_bytes());
-            extensions.extend_from_slice(data);
-            extensions.resize(extensions.len().next_multiple_of(8), 0);
-        };
-        if backing.is_some() {
-            // Without it QEMU would have to probe, and what a guest writes to a raw disk can look like any format (CVE-2008-2004).
-            extension(0xe279_2aca, b"raw");
+        Header {
+            geometry: self.geometry,
+            virtual_size: self.virtual_size,
+            l1_entries: self.l1_entries,
+            l1_offset: self.l1.start * cluster,
+            reftable_offset: self.reftable.start * cluster,
+            reftable_clusters: self.reftable.end - self.reftable.start,
+            choice,
         }
-        if self.geometry.subclusters {
-            // Feature name table: an older QEMU then says what it lacks.
-            let mut name = [0; 48];
-            name[1] = 4;
-            name[2..21].copy_from_slice(b"extended L2 entries");
-            extension(0x6803_f857, &name);
-        }
-        extension(0, &[]);
-        let (name_at, name) = match backing {
-            Some(name) => (u64::from(HEADER_BYTES) + extensions.len() as u64, name),
-            None => (0, &[][..]),
-        };
-        let incompatible = if self.geometry.subclusters { EXTENDED_L2 } else { 0 };
-        let mut header = Vec::with_capacity(4096);
-        let mut long = |value: u64| header.extend_from_slice(&value.to_be_bytes());
-        long(u64::from(u32::from_be_bytes(*b"QFI\xfb")) << 32 | 3);
-        long(name_at);
-        long((name.len() as u64) << 32 | u64::from(self.geometry.cluster_bits));
-        long(self.virtual_size);
-        // No encryption; L1 entries.
-        long(self.l1_entries);
-        long(self.l1.start * cluster);
-        long(self.reftable.start * cluster);
-        // Clusters of the refcount table; no snapshots, at no offset.
-        long((self.reftable.end - self.reftable.start) << 32);
-        long(0);
-        long(incompatible);
-        // Compatible and autoclear features.
-        long(0);
-        long(0);
-        long(u64::from(REFCOUNT_ORDER) << 32 | u64::from(HEADER_BYTES));
-        header.extend_from_slice(&extensions);
-        header.extend_from_slice(name);
-        header
     }
 }
 
-/// Whether `name` can be the name of a backing file.
-fn check_backing_name(name: &[u8]) -> Result<()> {
-    if name.first() == Some(&b'/') && name.len() <= BACKING_NAME_BYTES_MAX {
-        return Ok(());
+/// What [`publish::check`] asks, and whether qcow2 with the clusters asked for can map so large a disk.
+fn check(wanted: &Wanted<'_>, format: crate::target::VolumeFormat, subclusters_by_default: bool) -> Result<()> {
+    publish::check(wanted, format)?;
+    Layout::new(Geometry::of(wanted.options, subclusters_by_default), wanted.size_bytes, &[]).map(|_| ())
+}
+
+/// Reads a staged image back by its tables; see [`verify`]. `written`: where it must hold something, or zeros. `backing`: the golden, for overlays.
+fn read_back(source: Source<'_>, written: &Ranges, backing: Option<(&File, u64)>, staged: &StagedFile, pace: Pace<'_>) -> Result<()> {
+    verify::flush_and_forget(staged)?;
+    let failed = |error| staged.error("read back the image's tables", error);
+    let mut image = Reader::open(staged.file(), backing).map_err(failed)?;
+    if image.virtual_size() != source.patch.size_bytes() {
+        return Err(verify::differs(staged.path(), image.virtual_size().min(source.patch.size_bytes())));
     }
-    let message =
-        format!("a qcow2 image names its backing file by an absolute path of at most {BACKING_NAME_BYTES_MAX} bytes, this has {}", name.len());
-    Err(Error::new(Kind::InvalidRequest, Stage::Target, String::from_utf8_lossy(name), message))
+    let ranges = extents::union(written, &image.held().map_err(failed)?);
+    verify::compare(source, &ranges, |buffer, offset| image.read(buffer, offset), staged.path(), pace)
 }
 
 /// Writes the pages of `bytes` that are not all zeros; the file is new, so the rest reads as zeros already.
@@ -323,7 +340,7 @@ mod tests {
     #[test]
     fn the_header_is_what_the_specification_says() {
         let layout = Layout::new(Geometry { cluster_bits: 17, subclusters: true }, 3 << 30, std::slice::from_ref(&(0..4096))).expect("lays out");
-        let header = layout.header(Some(b"/store/golden.img"));
+        let header = layout.header(Choice { backing: Some(b"/store/golden.img"), ..Choice::default() }).bytes();
         let long = |at: usize| u64::from_be_bytes(header[at..at + 8].try_into().expect("eight bytes"));
         let word = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().expect("four bytes"));
         assert_eq!((&header[..4], word(4), word(20), long(24)), (&b"QFI\xfb"[..], 3, 17, 3 << 30));
@@ -331,15 +348,7 @@ mod tests {
         assert_eq!(&header[name..name + word(16) as usize], b"/store/golden.img");
         // 3 GiB are three tables of 1 GiB; refcount table, refcount block, L1 table, L2 table, data: one cluster each.
         assert_eq!((word(36), long(40), long(48), word(56)), (3, 3 << 17, 1 << 17, 1));
-        assert_eq!((long(72), long(80), long(88), word(96), word(100)), (EXTENDED_L2, 0, 0, 4, 104));
+        assert_eq!((long(72), long(80), long(88), word(96), word(100)), (header::EXTENDED_L2, 0, 0, 4, 104));
         assert_eq!((word(104), word(108), &header[112..115]), (0xe279_2aca, 3, &b"raw"[..]));
-    }
-
-    #[test]
-    fn backing_names_are_absolute_and_short_enough_for_qemu() {
-        assert!(check_backing_name(b"/a").is_ok());
-        for bad in [&b""[..], b"a", b"nbd://host", &[b'/'; 1024]] {
-            assert!(check_backing_name(bad).is_err(), "{}", String::from_utf8_lossy(bad));
-        }
     }
 }

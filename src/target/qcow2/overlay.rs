@@ -13,28 +13,28 @@
 //! | 64 KiB, 32 × 2 K  | 0.54 MiB | 0.66 s                      | 0.60 s                    | 0.23 s   | 0.35 s       |
 //! | 128 KiB, 32 × 4 K | 0.52 MiB | 0.48 s                      | 0.59 s                    | 0.21 s   | 0.36 s       |
 //!
-//! So 128 KiB with subclusters: the least written, the fastest for what guests do most, and a subcluster is exactly a patch block.
+//! So 128 KiB with subclusters is the default: the least written, the fastest for what guests do most, and a subcluster is exactly a patch block. Where
+//! other clusters are chosen and the unit of allocation is larger than a block, the unit is filled from the golden.
 
-use std::{
-    os::unix::{ffi::OsStrExt, fs::FileExt},
-    path::PathBuf,
+use std::{os::unix::fs::FileExt, path::PathBuf};
+
+use super::{
+    Geometry, Layout,
+    header::{self, Choice},
 };
-
-use super::{Geometry, Layout, SUBCLUSTERS, check_backing_name};
 use crate::{
     error::{Error, Result, Stage},
     fs::patch::BlockPatch,
     progress::Progress,
     target::{
-        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted, extents,
+        Pool, Staged, Target, Volume, VolumeFormat, VolumePlan, Wanted,
+        bulk::{self, Source},
+        extents,
         pace::Pace,
         publish::{self, StagedFile},
     },
     units::PATCH_BLOCK,
 };
-
-/// See the head of this file.
-const GEOMETRY: Geometry = Geometry { cluster_bits: 17, subclusters: true };
 
 /// The overlay target.
 pub struct Overlay;
@@ -45,28 +45,41 @@ impl Target for Overlay {
     }
 
     fn check(&self, wanted: &Wanted<'_>) -> Result<()> {
-        publish::check(wanted, self.format())
+        super::check(wanted, self.format(), true)
     }
 
     fn stage(&self, plan: &VolumePlan<'_>, progress: &Progress) -> Result<Box<dyn Staged>> {
         let pace = plan.pace(progress);
         let _priority = pace.lower_priority();
-        // Only its existence and size matter here: QEMU reads it later.
-        extents::open_golden(plan.golden)?;
+        let golden = extents::open_golden(plan.golden)?;
         let path = std::path::absolute(&plan.golden.path)
             .map_err(|error| Error::io(Stage::Target, plan.golden.path.display().to_string(), "make absolute", error))?;
-        let backing = path.as_os_str().as_bytes();
-        check_backing_name(backing)?;
+        let directory = publish::directory_of(plan.pool, self.format())?;
+        let backing = header::backing_name(&path, directory, plan.options.backing_path.unwrap_or_default())?;
         let mut staged = StagedFile::create(plan, self.format())?;
         staged.set_backing(&path);
-        let bytes = plan.patch.len() as u64 * PATCH_BLOCK;
+        let geometry = Geometry::of(plan.options, true);
+        let source = Source { golden: &golden, golden_bytes: plan.golden.size_bytes, patch: plan.patch };
+        let size = plan.patch.size_bytes();
+        let touched = extents::patch_ranges(plan.patch);
+        let units = extents::clip(extents::widen(&touched, geometry.unit().max(PATCH_BLOCK)), size);
+        let bytes = extents::total(&units);
         progress.enter(Stage::Target, bytes);
-        let layout = Layout::new(GEOMETRY, plan.patch.size_bytes(), &extents::patch_ranges(plan.patch))?;
+        let layout = Layout::new(geometry, size, &touched)?;
         layout
-            .write_metadata(staged.file(), Some(backing), |guest| allocation_bitmap(plan.patch, guest))
+            .write_metadata(staged.file(), Choice::of(plan.options, Some(&backing)), |guest| geometry.bitmap(&units, guest))
             .map_err(|error| staged.error("write the qcow2 metadata", error))?;
-        write_blocks(&layout, plan.patch, &staged, pace)?;
-        progress.add(bytes);
+        if geometry.unit() <= PATCH_BLOCK {
+            write_blocks(&layout, plan.patch, &staged, pace)?;
+            progress.add(bytes);
+        } else {
+            let mut pieces = Vec::new();
+            units.iter().for_each(|range| bulk::cut(range.clone(), layout.host_offset(range.start), &mut pieces));
+            bulk::write_new(source, &pieces, &staged, pace)?;
+        }
+        if plan.options.verify {
+            super::read_back(source, &touched, Some((&golden, plan.golden.size_bytes)), &staged, pace)?;
+        }
         progress.check()?;
         Ok(Box::new(staged))
     }
@@ -98,12 +111,3 @@ fn write_blocks(layout: &Layout, patch: &BlockPatch, staged: &StagedFile, pace: 
     }
     Ok(())
 }
-
-/// Which of a cluster's 32 subclusters the patch writes. A patch block is one or more whole subclusters.
-fn allocation_bitmap(patch: &BlockPatch, guest: u64) -> u32 {
-    let subcluster = GEOMETRY.cluster() / SUBCLUSTERS;
-    let start = guest * GEOMETRY.cluster();
-    (0..SUBCLUSTERS).filter(|index| patch.get((start + index * subcluster) / PATCH_BLOCK).is_some()).fold(0, |bits, index| bits | 1 << index)
-}
-
-const _: () = assert!(GEOMETRY.subclusters && (1 << GEOMETRY.cluster_bits) / SUBCLUSTERS <= PATCH_BLOCK, "a block would be a part of a subcluster");

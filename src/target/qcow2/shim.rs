@@ -87,10 +87,12 @@ fn refuse_foreign(header: &[u8], path: &Path) -> Result<()> {
         && (12..=21).contains(&word(20))
         // No encryption.
         && zero(32..36)
-        // No snapshots, no features.
-        && zero(60..96)
+        // No snapshots, no features but lazy refcounts, which mean nothing as long as the image is not marked dirty.
+        && zero(60..87)
+        && header.get(87).is_some_and(|bits| *bits <= super::header::LAZY_REFCOUNTS as u8)
+        && zero(88..96)
         && word(96) == super::REFCOUNT_ORDER
-        && word(100) == super::HEADER_BYTES;
+        && word(100) == super::header::HEADER_BYTES;
     if is_ours {
         return Ok(());
     }
@@ -167,12 +169,12 @@ impl Qcow2IoOps for Io {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::target::qcow2::{Geometry, Layout};
+    use crate::target::qcow2::{Geometry, Layout, header::Choice};
 
     fn image() -> File {
         let file = tempfile::tempfile().expect("temporary file");
         let layout = Layout::new(Geometry { cluster_bits: 16, subclusters: false }, 1 << 30, &[0..65536, 1 << 29..(1 << 29) + 1]).expect("lays out");
-        layout.write_metadata(&file, None, |_| 0).expect("writes");
+        layout.write_metadata(&file, Choice::default(), |_| 0).expect("writes");
         file
     }
 
