@@ -29,14 +29,14 @@ use cloudletd::{
 };
 
 const DOCUMENT: &str = r#"{
-    "hostname": "web1.example.com", "ssh_host_key_types": ["ed25519", "ecdsa", "rsa"],
+    "hostname": "web1.example.com",
     "root_password_hash": "$6$saltsalt$qFmFH.bQmmtXzyBY0s9v7Oicd2z4XSIecDzlB5KiA2/jctKu9YterLp8wwnSq.qc.eoxqOmSuNp2xS0ktL3nh/",
     "network": {"interfaces": [{"name": "eth0", "addresses": ["192.0.2.10/24"]}]}
 }"#;
 
 /// Injects into the Debian-like tree and writes the tree's own text files and the edits below `root`.
-fn apply(root: &Path) -> Injection {
-    apply_to(root, &guest_trees::debian_ifupdown(), DOCUMENT)
+fn apply(root: &Path) {
+    apply_to(root, &guest_trees::debian_ifupdown(), DOCUMENT);
 }
 
 fn apply_to(root: &Path, facts: &GuestFacts, document: &str) -> Injection {
@@ -98,7 +98,8 @@ fn tool(program: &str, arguments: &[&str]) -> Output {
 #[test]
 fn ssh_keygen_agrees_with_keys_fingerprints_and_known_hosts() {
     let root = tempfile::tempdir().expect("scratch");
-    let injection = apply(root.path());
+    let document = DOCUMENT.replacen('{', r#"{"ssh_host_key_types": ["ed25519", "ecdsa", "rsa"],"#, 1);
+    let injection = apply_to(root.path(), &guest_trees::debian_ifupdown(), &document);
     let keys = &injection.report.ssh_host_keys;
     assert_eq!(keys.len(), 3);
     let known = root.path().join("known_hosts");
