@@ -27,6 +27,14 @@ const PROBE_PAUSE: Duration = Duration::from_millis(50);
 
 /// Refuses with `Conflict` (reason `IN_USE`) when the regular file at `path` is used by anybody else. A missing file is not in use.
 pub fn refuse_file_in_use(path: &Path) -> Result<()> {
+    if let Some(device) = loops::find_by_backing(path)?.first() {
+        return Err(conflict(path, format!("it is attached to {}", device.display())));
+    }
+    refuse_file_opened(path)
+}
+
+/// As [`refuse_file_in_use`], but loop devices may be bound to it.
+pub fn refuse_file_opened(path: &Path) -> Result<()> {
     let object = || path.display().to_string();
     let file = match File::open(path) {
         Ok(file) => file,
@@ -40,9 +48,6 @@ pub fn refuse_file_in_use(path: &Path) -> Result<()> {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => return Err(conflict(path, "a process holds a lock (flock) on it")),
         Err(errno) => return Err(Error::io(Stage::Target, object(), "lock", errno.into())),
-    }
-    if let Some(device) = loops::find_by_backing(path)?.first() {
-        return Err(conflict(path, format!("it is attached to {}", device.display())));
     }
     let meta = file.metadata().map_err(|error| Error::io(Stage::Target, object(), "stat", error))?;
     match opener(|other| !is_block(other) && (other.dev(), other.ino()) == (meta.dev(), meta.ino())) {

@@ -285,7 +285,11 @@ fn devices_of(pool: &Pool) -> Result<(&Path, &[String])> {
 /// What is on the device may be overwritten: it is the volume that is replaced, on the device that it was written to, or there is nothing.
 fn check_content(claim: &Claim, overwrite: bool, replace: Option<&Volume>) -> Result<()> {
     match replace {
-        Some(Volume { pinned: Some(pinned), .. }) => claim.id().require_same(pinned, claim.path()),
+        Some(Volume { pinned: Some(pinned), virtual_size_bytes, .. }) => {
+            // Numbers mean nothing after a reboot; a device that shrank is another one in any case.
+            refuse_too_small(claim, *virtual_size_bytes)?;
+            claim.id().require_same(pinned, claim.path())
+        }
         _ if overwrite => Ok(()),
         _ => claim.refuse_signatures(),
     }

@@ -46,7 +46,7 @@ impl Target for Looped {
             let options = Options { lifetime: Lifetime::Guard, partitions: false, ..attach_options(plan.options) };
             attach_as(file.path(), &options, plan.options)?.close()?;
         }
-        Ok(Box::new(StagedLoop { file, pool: plan.pool.clone(), replaced: plan.replace.map(|old| old.path.clone()) }))
+        Ok(Box::new(StagedLoop { file, options: plan.options.clone(), replaced: plan.replace.cloned() }))
     }
 
     fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
@@ -78,9 +78,9 @@ impl Target for Looped {
 
 struct StagedLoop {
     file: StagedFile,
-    pool: Pool,
-    /// The file whose place it takes.
-    replaced: Option<PathBuf>,
+    options: VolumeOptions,
+    /// The volume whose place it takes.
+    replaced: Option<Volume>,
 }
 
 impl Staged for StagedLoop {
@@ -93,26 +93,24 @@ impl Staged for StagedLoop {
     }
 
     fn publish(self: Box<Self>) -> Result<Volume> {
-        let StagedLoop { file, pool, replaced } = *self;
-        // The devices of the old file would go on showing it after its name is gone.
-        for device in replaced.as_deref().map(loops::find_by_backing).transpose()?.unwrap_or_default() {
-            if let Some(number) = mounts::block_number(&device) {
-                in_use::refuse_device_in_use(&device, number).map_err(|error| error.with_reason("VOLUME_IN_USE"))?;
-            }
-            loops::detach(&device)?;
-        }
-        let mut volume = file.publish()?;
-        match attach(&volume.path, &volume.options) {
-            Ok(device) => volume.device = device,
-            // Without its device the volume is not what was asked for: it goes again.
-            Err(error) => {
-                return Err(match publish::delete(&pool, VolumeFormat::Loop, &volume.name) {
-                    Ok(()) => error,
-                    Err(cleanup) => error.with_cleanup_failure(cleanup),
-                });
+        let StagedLoop { file, options, replaced } = *self;
+        // Before it has its name: a binding follows the file, and what can fail has failed before an old volume gives way.
+        let device = attach_as(file.path(), &attach_options(&options), &options)?;
+        if let Some(old) = &replaced {
+            publish::refuse_replaced_in_use(&old.path, VolumeFormat::Loop)?;
+            // Devices of the old file would go on showing it after its name is gone.
+            for bound in loops::find_by_backing(&old.path)? {
+                loops::detach(&bound)?;
             }
         }
-        Ok(volume)
+        match file.publish() {
+            Ok(volume) => Ok(Volume { device: device.keep(), ..volume }),
+            Err(error) => Err(match replaced.map(|old| attach(&old.path, &old.options)).transpose() {
+                // The old volume goes on; its device may have another number until it is adopted.
+                Ok(_) => error,
+                Err(cleanup) => error.with_cleanup_failure(cleanup),
+            }),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!  create  .cloudletd-stage-RENDER-VOLUME   O_EXCL, mode 0600, exclusive flock as long as the stage lives
 //!  publish fsync file ─► renameat2(RENAME_NOREPLACE) (or link + unlink) ─► fsync directory
-//!  replace fsync file ─► old one not in use? ─► rename over it ─► fsync directory
+//!  replace fsync file ─► old one not in use? lock it ─► rename over it ─► fsync directory
 //!  drop    unlink
 //! ```
 //!
@@ -124,8 +124,8 @@ impl StagedFile {
         self.volume.allocated_size_bytes = self.allocated_size_bytes()?;
         let name = file_name(&self.volume.name, self.volume.format);
         let renamed = if self.replaces {
-            // Looked at again: a guest may have been started while the new volume was written.
-            refuse_replaced_in_use(&self.volume.path, self.volume.format)?;
+            // Looked at again: a guest may have been started while the new volume was written. From here on none can be.
+            let _old = claim_replaced(&self.volume.path, self.volume.format)?;
             rustix::fs::renameat(&self.directory, &self.temporary, &self.directory, &name)
         } else {
             rename_no_replace(&self.directory, &self.temporary, &name)
@@ -138,8 +138,9 @@ impl StagedFile {
         if let Err(error) = self.directory.sync_all() {
             let error = Error::io(Stage::Target, self.directory_path.display().to_string(), "flush the pool's directory", error);
             if self.replaces {
-                // The old volume's name is gone: removing the new one would leave nothing.
-                return Err(error);
+                // The old volume's name is gone already: what is there now is the new one, and that is what has to be known of it.
+                tracing::error!(path = %self.volume.path.display(), error = %error.chain(), "the replaced volume may come back after a power cut");
+                return Ok(self.volume.clone());
             }
             // Not durable is not there.
             return Err(match rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty()) {
@@ -240,6 +241,10 @@ pub(super) fn sweep(pool: &Pool, dry_run: bool) -> Result<Vec<PathBuf>> {
             continue;
         }
         if !dry_run {
+            // A loop volume is attached before it has its name.
+            for device in loops::find_by_backing(&entry.path())? {
+                loops::detach(&device)?;
+            }
             std::fs::remove_file(entry.path()).map_err(|error| failed("remove a stale stage", error))?;
         }
         removed.push(entry.path());
@@ -306,17 +311,29 @@ fn refuse_taken(directory: &Path, name: &VolumeName, format: VolumeFormat, repla
     if replace.is_some() { refuse_replaced_in_use(&directory.join(own), format) } else { Ok(()) }
 }
 
-/// A loop volume is always attached to its device; what counts is who uses that.
-fn refuse_replaced_in_use(path: &Path, format: VolumeFormat) -> Result<()> {
+/// A loop volume is always attached to its device; what counts is who uses that, or the file besides.
+pub(super) fn refuse_replaced_in_use(path: &Path, format: VolumeFormat) -> Result<()> {
+    let refused = |error: Error| error.with_reason("VOLUME_IN_USE");
     if format != VolumeFormat::Loop {
-        return in_use::refuse_file_in_use(path).map_err(|error| error.with_reason("VOLUME_IN_USE"));
+        return in_use::refuse_file_in_use(path).map_err(refused);
     }
     for device in loops::find_by_backing(path)? {
         if let Some(number) = mounts::block_number(&device) {
-            in_use::refuse_device_in_use(&device, number).map_err(|error| error.with_reason("VOLUME_IN_USE"))?;
+            in_use::refuse_device_in_use(&device, number).map_err(refused)?;
         }
     }
-    Ok(())
+    in_use::refuse_file_opened(path).map_err(refused)
+}
+
+/// The file that is replaced, locked as QEMU locks images, so that no guest is started from it while it gives way. Nothing when it is gone already.
+fn claim_replaced(path: &Path, format: VolumeFormat) -> Result<Option<File>> {
+    refuse_replaced_in_use(path, format)?;
+    let file = match OpenOptions::new().read(true).write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|error| Error::io(Stage::Target, path.display().to_string(), "open the volume that is replaced", error))?,
+    };
+    in_use::lock_image(&file, path).map_err(|error| error.with_reason("VOLUME_IN_USE"))?;
+    Ok(Some(file))
 }
 
 fn taken(path: &Path) -> Error {
