@@ -3,9 +3,9 @@
 # Measures cloudletd beside what operators do by hand: same input, same durability (everything is flushed), page cache warm on both sides, runs
 # interleaved A B A B. Needs root and an otherwise quiet machine; the load is recorded with the results.
 #   --runs N         rounds per comparison (default 5); the tables show medians, least and greatest
-#   --section NAME   only this: cold, small-files, edit, warm, load (default: all)
+#   --section NAME   only this: cold, small-files, flat, edit, warm, load (default: all)
 # Inputs are made once and kept in target/bench/inputs ($CLOUDLETD_BENCH_DIR moves target/bench): a Debian root filesystem of scripts/fixtures.sh in four
-# compressions, and 120,000 small files. Writes results.md, results.json, samples.tsv and two SVG plots to target/bench.
+# compressions, 120,000 small files, and as many in one directory. Needs what scripts/setup-debian.sh --bench installs. Writes results.md, results.json, samples.tsv and two SVG plots to target/bench.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,10 +22,10 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files edit warm load)
+[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files flat edit warm load)
 [[ $EUID -eq 0 ]] || { echo "bench.sh: root is needed (loop devices, mounts)" >&2; exit 1; }
-for tool in jq python3 zstd xz gzip mkfs.ext4 mke2fs debugfs mkfs.xfs qemu-img cargo; do
-    command -v "$tool" >/dev/null || { echo "bench.sh: $tool is not installed (scripts/setup-debian.sh --test installs it)" >&2; exit 1; }
+for tool in jq python3 zstd xz gzip mkfs.ext4 mke2fs debugfs mkfs.xfs qemu-img cargo cc /usr/include/ext2fs/ext2fs.h; do
+    [[ -e $tool ]] || command -v "$tool" >/dev/null || { echo "bench.sh: $tool is not installed (scripts/setup-debian.sh --bench installs it)" >&2; exit 1; }
 done
 
 dir=${CLOUDLETD_BENCH_DIR:-$root/target/bench}
@@ -35,6 +35,8 @@ work=$dir/work
 samples=$dir/samples.tsv
 daemon=
 GOLDEN_SIZE=4G
+# The crate that makes ext4 from a directory, by its example program.
+readonly MKEXT4=0.0.3
 
 clean_up() {
     [[ -z $daemon ]] || { kill "$daemon" 2>/dev/null && wait "$daemon" 2>/dev/null; } || true
@@ -74,6 +76,11 @@ inputs() {
         python3 "$here/bench/small_files.py" small.tar
         echo 1 >small.key
     fi
+    if [[ $(cat flat.key 2>/dev/null) != 1 ]]; then
+        say "inputs: 120,000 files in one directory"
+        python3 "$here/bench/small_files.py" flat.tar --flat
+        echo 1 >flat.key
+    fi
     cat ./*.tar* >/dev/null
     cd "$root"
 }
@@ -87,6 +94,9 @@ programs() {
     cold_build=$(awk '$1 == "cold_build" { print $2 }' <<<"$found")
     render_load=$(awk '$1 == "render_load" { print $2 }' <<<"$found")
     cloudletd=${CARGO_TARGET_DIR:-$root/target}/release/cloudletd
+    mkext4=$root/target/tools/mkext4-$MKEXT4/bin/mkfs
+    [[ -x $mkext4 ]] || cargo install --quiet --locked --root "${mkext4%/bin/mkfs}" --target-dir "$work/mkext4" mkext4 --version "$MKEXT4" --example mkfs
+    cc -O2 -o "$work/edit" "$here/bench/edit.c" -lext2fs -lcom_err
 }
 
 # ---- Measuring
@@ -171,20 +181,43 @@ by_mke2fs() { # TARBALL
     sync "$work/peer.raw"
 }
 
+by_mkext4() { # TARBALL
+    untar "$1" "$tmp_tree"
+    "$mkext4" "$tmp_tree" "$work/peer.raw" $((${GOLDEN_SIZE%G} << 30)) >/dev/null 2>&1
+    sync "$work/peer.raw"
+}
+
+# From a copy of the tree in memory. ROUND: mke2fs -d searches a directory for each of its files: with 60,000 in one it takes minutes, so once is enough, and
+# with 120,000 it is not tried. mkext4 keeps no extended attributes and takes sparse files for full ones.
+by_trees() { # SECTION CASE TARBALL ROUND
+    local who function
+    for who in mke2fs mkext4; do
+        [[ $who != mke2fs || $1 == cold || $1 == small-files && $4 == 0 ]] || continue
+        function=by_$who
+        [[ $who != mke2fs ]] || who="mke2fs -d"
+        tmp_tree=$(mktemp --directory --tmpdir=/dev/shm)
+        timed "$1" "$2" "tar + $who" "$function" "$3"
+        rm --recursive --force "$work/peer.raw" "$tmp_tree"
+    done
+}
+
+decompress_alone() { unpack "$1" >/dev/null; }
+write_alone() { cp --reflink=never --sparse=always "$1" "$work/peer.raw"; sync "$work/peer.raw"; }
+
+# The last two are the parts that nobody can do without; report.py makes the budget of them.
 cold_case() { # SECTION CASE TARBALL
-    local image round
+    local answer image golden round
     say "$1: $2"
-    image=$(client image "$3" | jq --raw-output .image)
+    answer=$(client image "$3")
+    image=$(jq --raw-output .image <<<"$answer") golden=$(jq --raw-output .golden <<<"$answer")
     for (( round = 0; round < runs; round++ )); do
         sample "$1" "$2" cloudletd "$(client cold "$image" | jq .ms)"
         timed "$1" "$2" "mkfs.ext4 + mount + tar" by_mount "$3"
         rm --force "$work/peer.raw"
-        # With 60,000 files in one directory mke2fs -d takes minutes, because it searches the directory for each: once is enough.
-        if [[ $1 == cold || $round == 0 ]]; then
-            tmp_tree=$(mktemp --directory --tmpdir=/dev/shm)
-            timed "$1" "$2" "tar + mke2fs -d" by_mke2fs "$3"
-            rm --recursive --force "$work/peer.raw" "$tmp_tree"
-        fi
+        by_trees "$1" "$2" "$3" "$round"
+        timed "$1" "$2" "decompress alone" decompress_alone "$3"
+        timed "$1" "$2" "write + fsync alone" write_alone "$golden"
+        rm --force "$work/peer.raw"
     done
 }
 
@@ -200,6 +233,12 @@ cold() {
 small_files() {
     start_daemon "$work/state" "$work/volumes"
     cold_case small-files "120,000 files, .tar" "$dir/inputs/small.tar"
+    stop_daemon
+}
+
+flat() {
+    start_daemon "$work/state" "$work/volumes"
+    cold_case flat "120,000 files in one directory, .tar" "$dir/inputs/flat.tar"
     stop_daemon
 }
 
@@ -219,6 +258,10 @@ edit_by_mount() {
     sync "$work/edit-mount.raw"
 }
 
+edit_by_libext2fs() {
+    sample edit "11 files, 10 GiB" "libext2fs in C, durable" "$("$work/edit" "$work/edit-libext2fs.raw" "$work/content" "${EDITED[@]}")"
+}
+
 edit_by_debugfs() {
     debugfs -w -f "$work/debugfs.commands" "$work/edit-debugfs.raw" >/dev/null 2>&1
     sync "$work/edit-debugfs.raw"
@@ -228,7 +271,7 @@ edit() {
     local round path answer
     say "edit"
     "$cold_build" build "$dir/inputs/debian.tar.zst" "$work" --size "10 GiB" --keep >/dev/null
-    for path in ours mount debugfs; do
+    for path in ours mount libext2fs debugfs; do
         cp --sparse=always "$work/golden/disk.raw" "$work/edit-$path.raw"
         chmod 0600 "$work/edit-$path.raw"
     done
@@ -244,9 +287,10 @@ edit() {
         sample edit "11 files, 10 GiB" "cloudletd, compute the patch" "$(jq .edit_ms <<<"$answer")"
         sample edit "11 files, 10 GiB" "cloudletd, compute and write, durable" "$(jq .durable_ms <<<"$answer")"
         timed edit "11 files, 10 GiB" "loop mount + write + umount" edit_by_mount
+        edit_by_libext2fs
         timed edit "11 files, 10 GiB" "debugfs -w" edit_by_debugfs
     done
-    for path in ours mount debugfs; do
+    for path in ours mount libext2fs debugfs; do
         e2fsck -fn "$work/edit-$path.raw" >/dev/null 2>&1 || echo "bench.sh: e2fsck finds faults in the image edited by $path" >&2
         [[ -n $(debugfs -R "cat /etc/hostname" "$work/edit-$path.raw" 2>/dev/null) ]] || echo "bench.sh: $path edited nothing" >&2
         rm --force "$work/edit-$path.raw"

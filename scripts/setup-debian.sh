@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# usage: setup-debian.sh [--build] [--test]
-# Installs the Debian packages that building (--build) and testing (--test, which includes --build) need; only what is missing.
+# usage: setup-debian.sh [--build] [--test] [--bench]
+# Installs the Debian packages that building (--build), testing (--test, which includes --build) and scripts/bench.sh (--bench, which includes both)
+# need; only what is missing.
 # Works as root or with sudo. Services that come with test packages (NetworkManager for one) are not started.
 # Rust is needed as well: rustup, or a cargo of at least the version in Cargo.toml; --build installs rustup where Debian has it.
 
@@ -30,6 +31,9 @@ readonly TEST=(
     # Guests' own network tools, run in namespaces.
     ip:iproute2 ifquery:ifupdown NetworkManager:network-manager netplan:netplan.io dbus-daemon:dbus /lib/systemd/systemd-networkd:systemd
 )
+
+# What is measured beside cloudletd and is not among the tests' judges.
+readonly BENCH=(/usr/include/ext2fs/ext2fs.h:libext2fs-dev)
 
 as_root() {
     if [[ $EUID -eq 0 ]]; then "$@"; else sudo "$@"; fi
@@ -122,14 +126,15 @@ check_rust() {
 level=none
 for argument in "$@"; do
     case "$argument" in
-        --build) [[ $level == test ]] || level=build ;;
-        --test) level="test" ;;
+        --build) [[ $level != none ]] || level=build ;;
+        --test) [[ $level == bench ]] || level="test" ;;
+        --bench) level=bench ;;
         *) sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; [[ $argument == --help ]] && exit 0; exit 2 ;;
     esac
 done
-[[ $level != none ]] || { echo "setup-debian.sh: --build or --test is needed" >&2; exit 2; }
+[[ $level != none ]] || { echo "setup-debian.sh: --build, --test or --bench is needed" >&2; exit 2; }
 
-mapfile -t packages < <(missing "${BUILD[@]}"; [[ $level == build ]] || missing "${TEST[@]}")
+mapfile -t packages < <(missing "${BUILD[@]}"; [[ $level == build ]] || missing "${TEST[@]}"; [[ $level != bench ]] || missing "${BENCH[@]}")
 install "${packages[@]}"
 install_libclang
 [[ $level == build ]] || { install_xen_utils; unpack_cloud_init; }

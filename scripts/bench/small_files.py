@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""usage: small_files.py OUTPUT: a tar archive of 120,000 small files, always the same; half of them in one directory."""
+"""usage: small_files.py OUTPUT [--flat]: a tar archive of 120,000 small files, always the same; half of them in one directory, or all."""
 
 import io
 import random
@@ -12,6 +12,7 @@ FILES = 120_000
 def main() -> None:
     rng = random.Random(1)
     noise = rng.randbytes(1 << 20)
+    flat = FILES if "--flat" in sys.argv[2:] else FILES // 2
     with tarfile.open(sys.argv[1], "w", format=tarfile.GNU_FORMAT) as archive:
 
         def add(name: str, kind: bytes, size: int) -> None:
@@ -22,9 +23,9 @@ def main() -> None:
             archive.addfile(info, io.BytesIO(noise[start : start + size]))
 
         add("flat", tarfile.DIRTYPE, 0)
-        for number in range(FILES // 2):
+        for number in range(flat):
             add(f"flat/file-{number:06}", tarfile.REGTYPE, rng.randrange(1, 4000))
-        for number in range(FILES // 2):
+        for number in range(FILES - flat):
             if number % 100 == 0:
                 add(f"dir-{number // 100:03}", tarfile.DIRTYPE, 0)
             add(f"dir-{number // 100:03}/file-{number:06}", tarfile.REGTYPE, rng.randrange(1, 4000))
