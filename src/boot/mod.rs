@@ -17,6 +17,7 @@ pub mod edits;
 pub mod embed;
 pub mod esp;
 pub mod grub;
+pub mod inspect;
 pub mod kernels;
 pub mod loaders;
 pub mod platform;
