@@ -57,8 +57,8 @@ pub fn refuse_file_opened(path: &Path) -> Result<()> {
 }
 
 /// Locks an image or device, open for writing, so that no QEMU that locks as it should (`block/file-posix.c`: one byte per permission from
-/// `RAW_LOCK_PERM_BASE`, 100, and from `RAW_LOCK_SHARED_BASE`, 200) has it or gets it, not even for reading, and nobody who uses flock(2) either. Held until
-/// the file is closed. `Conflict` (reason `IN_USE`) when somebody was first. Filesystems without locks promise nothing.
+/// `RAW_LOCK_PERM_BASE`, 100, and from `RAW_LOCK_SHARED_BASE`, 200) has it or gets it, not even for reading; a file also by flock(2) (on devices that is udev's,
+/// while it looks at them). Held until the file is closed. `Conflict` (reason `IN_USE`) when somebody was first. Filesystems without locks promise nothing.
 pub fn lock_image(file: &File, path: &Path) -> Result<()> {
     let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: libc::SEEK_SET as i16, l_start: 100, l_len: 200, l_pid: 0 };
     match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
@@ -67,6 +67,9 @@ pub fn lock_image(file: &File, path: &Path) -> Result<()> {
             return Err(conflict(path, "a process holds a record lock on it, as QEMU does for a disk of a running guest"));
         }
         Err(errno) => return Err(Error::errno(Stage::Target, path.display().to_string(), "lock as QEMU does", errno)),
+    }
+    if file.metadata().is_ok_and(|meta| is_block(&meta)) {
+        return Ok(());
     }
     match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOLCK) => Ok(()),

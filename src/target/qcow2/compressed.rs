@@ -149,16 +149,15 @@ impl Coder {
         }
         let smaller = match self {
             Coder::Deflate(coder) => {
-                let mut packed = vec![0; cluster.len() - 1];
+                // More than deflate ever needs (stored blocks of 5 bytes more each): zlib-rs 0.6.8 panics in small windows when the output gets full.
+                let mut packed = vec![0; cluster.len() + cluster.len() / 8 + 1024];
                 coder.reset();
-                match coder.compress(&cluster, &mut packed, FlushCompress::Finish) {
-                    Ok(Status::StreamEnd) => {
+                match coder.compress(&cluster, &mut packed, FlushCompress::Finish)? {
+                    Status::StreamEnd if coder.total_out() < cluster.len() as u64 => {
                         packed.truncate(coder.total_out() as usize);
                         Some(packed)
                     }
-                    // It does not fit.
-                    Ok(Status::Ok | Status::BufError) => None,
-                    Err(error) => return Err(error.into()),
+                    Status::StreamEnd | Status::Ok | Status::BufError => None,
                 }
             }
             Coder::Zstd(coder) => Some(coder.compress(&cluster)?).filter(|packed| packed.len() < cluster.len()),
