@@ -7,7 +7,8 @@
 #   NAME/          kernel (vmlinuz), the image's own initrd (initrd.img), lib/modules: what a direct boot needs
 #   e2fsprogs-SUITE/   that release's e2fsck, the libraries it needs and their loader: judges of ext4 images besides the host's own
 # One base per suite holds the kernel and what all fixtures share, so that each further fixture costs seconds.
-# The mirror is the one apt is configured with on this machine; $CLOUDLETD_MIRROR overrides it.
+# The mirror is the one apt is configured with on this machine; $CLOUDLETD_MIRROR overrides it, and $CLOUDLETD_OLD_MIRROR is where releases are that it
+# no longer carries.
 set -euo pipefail
 
 usage() {
@@ -19,7 +20,7 @@ Makes the named root filesystem fixtures, or all of them, unless they are cached
   --list    print the names and exit
   --help    print this text
 
-environment: CLOUDLETD_FIXTURES (where they are kept), CLOUDLETD_MIRROR (Debian mirror URL), CLOUDLETD_FIXTURE_JOBS (default 2)
+environment: CLOUDLETD_FIXTURES (where they are kept), CLOUDLETD_MIRROR and CLOUDLETD_OLD_MIRROR (URLs of Debian mirrors), CLOUDLETD_FIXTURE_JOBS (default 2)
 TEXT
 }
 
@@ -41,8 +42,6 @@ fixture_packages() {
 # Releases whose e2fsck judges images: 1.46.2 and 1.47.2; the host's own is another.
 readonly FIXTURES=(bookworm-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd
     e2fsprogs-bullseye e2fsprogs-trixie)
-# Where releases go that mirrors no longer carry.
-readonly OLD_RELEASES=http://archive.debian.org/debian
 # The cloud kernel has virtio, ext4, xfs and btrfs at a third of the size of the full one. openssh-server brings host keys
 # that every instance must lose.
 readonly BASE_PACKAGES=linux-image-cloud-amd64,iproute2,openssh-server,systemd-sysv,udev,dbus,kmod,netbase,ca-certificates
@@ -157,7 +156,8 @@ make_e2fsprogs() { # NAME
         return
     fi
     rm -rf "$tree" "$dir/.$name.d" "$dir/$name.key" "${dir:?}/$name"
-    extract "$suite" "$mirror" "$tree" || { rm -rf "$tree"; extract "$suite" "$OLD_RELEASES" "$tree"; }
+    # Releases that the mirror no longer carries are in Debian's archive of old ones.
+    extract "$suite" "${CLOUDLETD_OLD_MIRROR:-$mirror}" "$tree"
     mkdir "$dir/.$name.d"
     # -L: some are links, and absolute ones would lead out of the tree.
     find "$tree" '(' -path '*/sbin/e2fsck' -o -path '*/lib/*/ld-linux*' -o -path '*/lib/*/lib*.so.*' ')' ! -type d -exec cp -L --preserve=mode -t "$dir/.$name.d" {} +
