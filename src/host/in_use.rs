@@ -44,7 +44,7 @@ pub fn refuse_file_opened(path: &Path) -> Result<()> {
     if is_record_locked(&file).map_err(|error| Error::io(Stage::Target, object(), "query its locks", error))? {
         return Err(conflict(path, "a process holds a record lock on it, as QEMU does for a disk of a running guest"));
     }
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+    match flock(&file) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => return Err(conflict(path, "a process holds a lock (flock) on it")),
         Err(errno) => return Err(Error::io(Stage::Target, object(), "lock", errno.into())),
@@ -71,7 +71,7 @@ pub fn lock_image(file: &File, path: &Path) -> Result<()> {
     if file.metadata().is_ok_and(|meta| is_block(&meta)) {
         return Ok(());
     }
-    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+    match flock(file) {
         Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOLCK) => Ok(()),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(conflict(path, "a process holds a lock (flock) on it")),
         Err(errno) => Err(Error::io(Stage::Target, path.display().to_string(), "lock", errno.into())),
@@ -135,6 +135,18 @@ fn holders(device: (u32, u32)) -> Vec<String> {
 
 fn sys_path(device: (u32, u32)) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{}:{}", device.0, device.1))
+}
+
+/// Takes the lock, looking again for as long as [`opener`] does: a process that is just being started has every file of its parent, locks and all, until it
+/// is another program.
+fn flock(file: &File) -> Result<(), rustix::io::Errno> {
+    for _ in 1..PROBE_LOOKS {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(PROBE_PAUSE),
+            other => return other,
+        }
+    }
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)
 }
 
 /// Whether anybody else holds any POSIX or open-file-description lock on `file`, shared or exclusive.
