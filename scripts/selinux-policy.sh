@@ -20,7 +20,8 @@ flock 9
 [[ ! -d $dir ]] || exit 0
 command -v semodule >/dev/null || { echo "selinux-policy.sh: semodule is missing: install policycoreutils" >&2; exit 1; }
 
-work=$(mktemp --directory "$dir.XXXXXX")
+# Beside it, so that it gets there by a rename.
+work=$(mktemp --directory --tmpdir="$(dirname "$dir")")
 trap 'rm -rf "$work"' EXIT
 (cd "$work" && apt-get --quiet=2 --option APT::Sandbox::User=root download selinux-policy-default >/dev/null)
 dpkg-deb --extract "$work"/selinux-policy-default_*.deb "$work/package"

@@ -6,7 +6,7 @@
 set -euo pipefail
 
 mib=${1:-256} rounds=${2:-5} directory=${3:-/var/tmp}
-work=$(mktemp -d "$directory/cloudletd-bench-XXXXXX")
+work=$(mktemp --directory --tmpdir="$directory")
 device=
 cleanup() { [ -z "$device" ] || losetup --detach "$device"; rm -rf "$work"; }
 trap cleanup EXIT

@@ -40,7 +40,7 @@ const DEPTH_MAX: usize = 16;
 pub struct FatVolumeSpec {
     /// Label, 1..=11 characters of `A-Z a-z 0-9 - _`; written in upper case, as all tools do, which readers of labels (cloud-init, udev) know.
     pub label: String,
-    /// Volume id (`XXXX-XXXX` in blkid's `UUID`).
+    /// Volume id; blkid shows it as two times four hexadecimal digits with a hyphen, as `UUID`.
     pub id: u32,
     /// Files by path: names separated by `/`, no leading one; directories are made as needed.
     pub files: BTreeMap<String, Vec<u8>>,
