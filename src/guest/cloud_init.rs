@@ -12,13 +12,10 @@ use crate::{
         config::InstanceConfig,
         facts::GuestFacts,
         identity::Identity,
+        network::cloud_init::{SEED, is_installed},
         plan::{Plan, Visibility},
-        tree::present,
     },
 };
-
-/// Where cloud-init's NoCloud datasource looks in the root filesystem; it needs no disk or metadata service then.
-const SEED: &str = "/var/lib/cloud/seed/nocloud";
 
 /// Where: after the distribution's own files and before nothing.
 const DROP_IN: &str = "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg";
@@ -32,14 +29,9 @@ pub struct Done {
     pub host_keys: bool,
 }
 
-/// Whether the image has cloud-init.
-pub fn has_cloud_init(facts: &GuestFacts) -> bool {
-    present(facts, "/usr/bin/cloud-init") || facts.exists("/etc/cloud/cloud.cfg")
-}
-
 /// Writes the file, where there is a cloud-init to read it.
 pub fn write_settings(plan: &mut Plan<'_>, facts: &GuestFacts, done: Done) -> Result<()> {
-    if !has_cloud_init(facts) || done == Done::default() {
+    if !is_installed(facts) || done == Done::default() {
         return Ok(());
     }
     let mut text = String::from("# Written by cloudletd.\n");
@@ -57,7 +49,7 @@ pub fn write_settings(plan: &mut Plan<'_>, facts: &GuestFacts, done: Done) -> Re
 /// the seed's, so that the guest does not probe for metadata services for minutes.
 pub fn write_seed(plan: &mut Plan<'_>, facts: &GuestFacts, config: &InstanceConfig, identity: &Identity, hostname: Option<&str>) -> Result<()> {
     let Some(seed) = &config.setup.cloud_init else { return Ok(()) };
-    if !has_cloud_init(facts) {
+    if !is_installed(facts) {
         let message = "the image has no cloud-init that would read it";
         return Err(Error::field(Stage::Inject, "cloud_init", message).with_reason("NO_CLOUD_INIT"));
     }
