@@ -34,7 +34,8 @@ case "$dialect" in
         (.devices[] | "  \(.role | ltrimstr("DEVICE_ROLE_") | ascii_downcase)  \(.xenName) \(.virtioName) \(.scsiName)  \(.volume.device)  \(.format)  \(.volume.virtualSizeBytes | size), \(.volume.allocatedSizeBytes | size) allocated",
             (.backingChain[]? | "    on \(.path) (\(.format))"),
             (.partitions[]? | "    partition \(.number)  \(.name)  at \(.offsetBytes), \(.sizeBytes | size)"),
-            "    \(.filesystem.type) \(.filesystem.uuid) \(.filesystem.label)  golden \(.goldenDigest)")' ;;
+            (.filesystem // empty | "    \(.type) \(.uuid) \(.label)"),
+            (.goldenDigest // "" | select(. != "") | "    golden \(.)"))' ;;
     *) die "unknown dialect $dialect (see --help)" ;;
 esac
 call VolumeService/GetMapping <<<"$request" | jq --raw-output "$filter"
