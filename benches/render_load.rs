@@ -11,7 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -26,6 +26,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Connections that the requests in flight share at most.
 const CONNECTIONS_MAX: usize = 8;
+/// How often a daemon that starts is asked, about once a millisecond.
+const ANSWER_TRIES_MAX: u32 = 20_000;
 
 #[derive(Parser)]
 struct Arguments {
@@ -57,6 +59,24 @@ enum Command {
         count: usize,
         #[arg(long, default_value_t = 1)]
         in_flight: usize,
+        /// What all volumes are called, for a device; else names are made.
+        #[arg(long)]
+        volume: Option<String>,
+        /// Write over what the device holds.
+        #[arg(long)]
+        overwrite: bool,
+        /// Zero policy of a device.
+        #[arg(long)]
+        zero: Option<String>,
+        /// Do not delete the volumes.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Waits for the daemon to answer a call.
+    Answer {
+        /// When the waiting began, microseconds since 1970.
+        #[arg(long)]
+        since: u64,
     },
 }
 
@@ -67,10 +87,23 @@ fn main() -> Result<()> {
         let result = match command {
             Command::Image { tarball } => image(&arguments.socket, &tarball).await?,
             Command::Cold { image } => cold(&arguments.socket, &image).await?,
-            Command::Render { image, format, pool, count, in_flight } => {
-                let job = Arc::new(Job { image, format: format_of(&format)?, pool, run: std::process::id(), next: AtomicUsize::new(0), count });
-                render(&arguments.socket, job, in_flight).await?
+            Command::Render { image, format, pool, count, in_flight, volume, overwrite, zero, keep } => {
+                let options = zero.map(|policy| zero_policy(&policy)).transpose()?;
+                let job = Job {
+                    image,
+                    format: format_of(&format)?,
+                    pool,
+                    volume,
+                    overwrite,
+                    options,
+                    keep,
+                    run: std::process::id(),
+                    next: AtomicUsize::new(0),
+                    count,
+                };
+                render(&arguments.socket, Arc::new(job), in_flight).await?
             }
+            Command::Answer { since } => answer(&arguments.socket, UNIX_EPOCH + Duration::from_micros(since)).await?,
         };
         println!("{result}");
         Ok(())
@@ -84,6 +117,26 @@ fn ms(since: Instant) -> f64 {
 fn format_of(name: &str) -> Result<proto::VolumeFormat> {
     let name = format!("VOLUME_FORMAT_{}", name.to_uppercase().replace('-', "_"));
     Ok(proto::VolumeFormat::from_str_name(&name).ok_or("formats: raw, qcow2-overlay, qcow2, block, loop")?)
+}
+
+fn zero_policy(name: &str) -> Result<proto::VolumeOptions> {
+    let name = format!("ZERO_POLICY_{}", name.to_uppercase().replace('-', "_"));
+    let policy = proto::ZeroPolicy::from_str_name(&name).ok_or("zero policies: auto, zero-out, discard, write, keep")?;
+    Ok(proto::VolumeOptions { zero_policy: policy as i32, ..Default::default() })
+}
+
+/// Tries every millisecond.
+async fn answer(socket: &Path, since: SystemTime) -> Result<Value> {
+    for _ in 0..ANSWER_TRIES_MAX {
+        if let Ok(channel) = connect(socket).await {
+            let request = proto::ListVolumesRequest { page_size: 1, ..Default::default() };
+            if VolumeServiceClient::new(channel).list_volumes(request).await.is_ok() {
+                return Ok(json!({"ms": (since.elapsed()?.as_secs_f64() * 1e6).round() / 1e3}));
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Err("the daemon does not answer".into())
 }
 
 async fn connect(socket: &Path) -> Result<Channel> {
@@ -144,6 +197,10 @@ struct Job {
     image: String,
     format: proto::VolumeFormat,
     pool: String,
+    volume: Option<String>,
+    overwrite: bool,
+    options: Option<proto::VolumeOptions>,
+    keep: bool,
     /// Makes names unique.
     run: u32,
     next: AtomicUsize,
@@ -170,7 +227,9 @@ async fn render(socket: &Path, job: Arc<Job>, in_flight: usize) -> Result<Value>
     let mut volumes = VolumeServiceClient::new(channels[0].clone());
     let mapping = volumes.get_mapping(proto::GetMappingRequest { volume: Some(reference(&job, 0)), ..Default::default() }).await;
     let volume = mapping.ok().and_then(|answer| answer.into_inner().mapping?.devices.into_iter().next()?.volume);
-    delete(volumes, &job).await?;
+    if !job.keep {
+        delete(volumes, &job).await?;
+    }
     if let Some(first) = failures.first() {
         return Err(format!("{} of {} renders failed, the first: {first}", failures.len(), job.count).into());
     }
@@ -198,7 +257,8 @@ async fn one_after_another(channel: Channel, job: Arc<Job>) -> (Vec<f64>, Vec<St
 }
 
 fn reference(job: &Job, number: usize) -> proto::VolumeRef {
-    proto::VolumeRef { pool: job.pool.clone(), name: format!("bench-{}-{number}", job.run) }
+    let name = job.volume.clone().unwrap_or_else(|| format!("bench-{}-{number}", job.run));
+    proto::VolumeRef { pool: job.pool.clone(), name }
 }
 
 async fn one(renders: &mut RenderServiceClient<Channel>, job: &Job, number: usize) -> Result<()> {
@@ -208,9 +268,11 @@ async fn one(renders: &mut RenderServiceClient<Channel>, job: &Job, number: usiz
         instance: Some(instance(&volume.name, number)),
         volume: Some(volume.clone()),
         format: job.format as i32,
+        overwrite: job.overwrite,
+        options: job.options,
         ..Default::default()
     };
-    let request = proto::StartRenderRequest { idempotency_key: volume.name, spec: Some(spec) };
+    let request = proto::StartRenderRequest { idempotency_key: format!("bench-{}-{number}", job.run), spec: Some(spec) };
     let started = renders.start_render(request).await?.into_inner();
     finish(renders, &started.render.ok_or("no render")?.id).await?;
     Ok(())

@@ -3,7 +3,7 @@
 # Measures cloudletd beside what operators do by hand: same input, same durability (everything is flushed), page cache warm on both sides, runs
 # interleaved A B A B. Needs root and an otherwise quiet machine; the load is recorded with the results.
 #   --runs N         rounds per comparison (default 5); the tables show medians, least and greatest
-#   --section NAME   only this: cold, small-files, flat, edit, warm, load (default: all)
+#   --section NAME   only this: cold, small-files, flat, edit, warm, block, appliance, load, memory, flushes, start (default: all)
 # Inputs are made once and kept in target/bench/inputs ($CLOUDLETD_BENCH_DIR moves target/bench): a Debian root filesystem of scripts/fixtures.sh in four
 # compressions, 120,000 small files, and as many in one directory. Needs what scripts/setup-debian.sh --bench installs. Writes results.md, results.json, samples.tsv and two SVG plots to target/bench.
 
@@ -22,9 +22,9 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files flat edit warm load)
+[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files flat edit warm block appliance load memory flushes start)
 [[ $EUID -eq 0 ]] || { echo "bench.sh: root is needed (loop devices, mounts)" >&2; exit 1; }
-for tool in jq python3 zstd xz gzip mkfs.ext4 mke2fs debugfs mkfs.xfs qemu-img cargo cc /usr/include/ext2fs/ext2fs.h; do
+for tool in jq python3 zstd xz gzip mkfs.ext4 mke2fs debugfs mkfs.xfs qemu-img cloud-localds guestfish virt-customize strace cargo cc /usr/include/ext2fs/ext2fs.h; do
     [[ -e $tool ]] || command -v "$tool" >/dev/null || { echo "bench.sh: $tool is not installed (scripts/setup-debian.sh --bench installs it)" >&2; exit 1; }
 done
 
@@ -43,6 +43,7 @@ clean_up() {
     for mount in "$work/mnt" "$work/xfs"; do
         ! mountpoint --quiet "$mount" || umount "$mount"
     done
+    [[ -z ${device:-} ]] || losetup --detach "$device" || true
     rm --recursive --force "$work" "${tmp_tree:-}"
 }
 trap clean_up EXIT
@@ -115,7 +116,7 @@ timed() {
     sample "$section" "$case" "$who" "$(awk -v us=$((ended - begun)) 'BEGIN { printf "%.3f", us / 1000 }')"
 }
 
-start_daemon() { # STATE-DIRECTORY POOL-DIRECTORY
+start_daemon() { # STATE-DIRECTORY POOL-DIRECTORY [FURTHER-CONFIGURATION]
     cat >"$work/cloudletd.toml" <<TOML
 state_dir = "$1"
 [listen]
@@ -128,17 +129,11 @@ size = "4 GiB"
 name = "default"
 kind = "directory"
 path = "$2"
+${3-}
 TOML
     "$cloudletd" serve --config "$work/cloudletd.toml" 2>"$work/cloudletd.log" &
     daemon=$!
-    local tries=0
-    until [[ -S $work/socket ]]; do
-        if ! kill -0 "$daemon" 2>/dev/null || (( ++tries > 100 )); then
-            cat "$work/cloudletd.log" >&2
-            exit 1
-        fi
-        sleep 0.1
-    done
+    client answer --since "${EPOCHREALTIME/./}" >/dev/null || { cat "$work/cloudletd.log" >&2; exit 1; }
 }
 
 stop_daemon() {
@@ -297,80 +292,12 @@ edit() {
     done
 }
 
-# ---- Warm renders
+# ---- Volumes, and the daemon under load
 
-peer_overlay() { qemu-img create -q -f qcow2 -F raw -b "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
-peer_copy() { cp --sparse=always "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
-peer_reflink() { cp --reflink=always "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
-peer_convert() { qemu-img convert -f raw -O qcow2 "$golden" "$1"; sync "$1" "$(dirname "$1")"; }
-
-warm_case() { # CASE FORMAT COUNT PEER-NAME PEER-FUNCTION
-    local round number time
-    say "warm: $1"
-    for (( round = 0; round < runs; round++ )); do
-        for time in $(client render "$image" --format "$2" --count "$3" | jq '.times_ms[]'); do
-            sample warm "$1" cloudletd "$time"
-        done
-        for (( number = 0; number < $3; number++ )); do
-            timed warm "$1" "$4" "$5" "$pool/peer"
-            rm --force "$pool/peer"
-        done
-    done
-}
-
-warm() {
-    local image golden pool answer
-    start_daemon "$work/state" "$work/volumes"
-    pool=$work/volumes
-    answer=$(client image "$dir/inputs/debian.tar.zst")
-    image=$(jq --raw-output .image <<<"$answer") golden=$(jq --raw-output .golden <<<"$answer")
-    client render "$image" --count 20 >/dev/null
-    warm_case "qcow2 overlay" qcow2-overlay 40 "qemu-img create -b" peer_overlay
-    warm_case "raw, $(findmnt --noheadings --output FSTYPE --target "$pool") directory" raw 3 "cp --sparse" peer_copy
-    warm_case "standalone qcow2" qcow2 3 "qemu-img convert" peer_convert
-    stop_daemon
-    truncate --size=16G "$work/xfs.img"
-    mkfs.xfs -q -m reflink=1 "$work/xfs.img"
-    mount -o loop "$work/xfs.img" "$work/xfs"
-    mkdir "$work/xfs/volumes"
-    start_daemon "$work/xfs/state" "$work/xfs/volumes"
-    pool=$work/xfs/volumes
-    answer=$(client image "$dir/inputs/debian.tar.zst")
-    image=$(jq --raw-output .image <<<"$answer") golden=$(jq --raw-output .golden <<<"$answer")
-    warm_case "raw, XFS with reflinks" raw 20 "cp --reflink" peer_reflink
-    stop_daemon
-    umount "$work/xfs"
-    rm --force "$work/xfs.img"
-}
-
-# ---- Many at once
-
-status() { # FIELD: of the daemon, KiB
-    awk -v field="$1:" '$1 == field { print $2 }' "/proc/$daemon/status"
-}
-
-load() {
-    local image in_flight round before after
-    start_daemon "$work/state" "$work/volumes"
-    image=$(client image "$dir/inputs/debian.tar.zst" | jq --raw-output .image)
-    stop_daemon
-    start_daemon "$work/state" "$work/volumes"
-    client render "$image" --count 1 >/dev/null
-    sample load memory "resident, idle, MiB" "$(($(status VmRSS) / 1024))"
-    for in_flight in 1 8 64 256; do
-        say "load: $in_flight in flight"
-        for (( round = 0; round < runs; round++ )); do
-            client render "$image" --count $((in_flight == 1 ? 100 : 400)) --in-flight "$in_flight" | jq --compact-output 'del(.times_ms)' >>"$work/load.jsonl"
-        done
-    done
-    before=$(awk '$1 == "write_bytes:" { print $2 }' "/proc/$daemon/io")
-    client render "$image" --count 1000 --in-flight 1000 | jq --compact-output 'del(.times_ms)' >>"$work/load.jsonl"
-    after=$(awk '$1 == "write_bytes:" { print $2 }' "/proc/$daemon/io")
-    sample load bytes "written per instance, catalogue and deletion included, KiB" "$(((after - before) / 1000 / 1024))"
-    sample load memory "resident, greatest, MiB" "$(($(status VmHWM) / 1024))"
-    cp "$work/load.jsonl" "$dir/load.jsonl"
-    stop_daemon
-}
+# shellcheck source=scripts/bench/volumes.sh
+. "$here/bench/volumes.sh"
+# shellcheck source=scripts/bench/daemon.sh
+. "$here/bench/daemon.sh"
 
 inputs
 programs

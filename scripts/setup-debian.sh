@@ -33,7 +33,8 @@ readonly TEST=(
 )
 
 # What is measured beside cloudletd and is not among the tests' judges.
-readonly BENCH=(/usr/include/ext2fs/ext2fs.h:libext2fs-dev)
+readonly BENCH=(/usr/include/ext2fs/ext2fs.h:libext2fs-dev cloud-localds:cloud-image-utils genisoimage:genisoimage strace:strace guestfish:guestfish
+    virt-customize:guestfs-tools '/boot/vmlinuz-*:linux-image-cloud-amd64')
 
 as_root() {
     if [[ $EUID -eq 0 ]]; then "$@"; else sudo "$@"; fi
@@ -54,7 +55,7 @@ missing() { # ENTRY...: the packages of what is not there
     for entry in "$@"; do
         what=${entry%%:*}
         # Programs for root are not in everybody's PATH.
-        if [[ $what == /* ]]; then [[ -e $what ]]; else PATH=$PATH:/usr/sbin:/sbin command -v "$what" >/dev/null; fi || echo "${entry#*:}"
+        if [[ $what == /* ]]; then compgen -G "$what" >/dev/null; else PATH=$PATH:/usr/sbin:/sbin command -v "$what" >/dev/null; fi || echo "${entry#*:}"
     done
 }
 

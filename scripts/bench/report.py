@@ -65,17 +65,25 @@ def load_rows(path: Path) -> list:
         for line in path.read_text().splitlines():
             row = json.loads(line)
             rounds.setdefault(row["in_flight"], []).append(row)
-    keys = ["per_second", "p50_ms", "p99_ms", "max_ms", "allocated_bytes"]
-    return [{"in_flight": at, "rounds": len(rows), "renders": sum(row["renders"] for row in rows)} | {key: statistics.median(row[key] for row in rows) for key in keys} for at, rows in rounds.items()]
+    keys = ["per_second", "p50_ms", "p99_ms", "max_ms", "allocated_bytes", "peer_per_second"]
+    return [
+        {"in_flight": at, "rounds": len(rows), "renders": sum(row["renders"] for row in rows)}
+        | {key: statistics.median(row[key] for row in rows) for key in keys if key in rows[0]}
+        for at, rows in rounds.items()
+    ]
 
 
-def load_table(rows: list, facts: dict) -> list:
-    lines = ["### Many at once: qcow2 overlays, complete injection, durable, through gRPC", "", "| in flight | renders | failed | per second | p50, ms | p99, ms | slowest, ms |", "|---:|---:|---:|---:|---:|---:|---:|"]
+def load_table(rows: list) -> list:
+    lines = ["### Many at once: qcow2 overlays, complete injection, durable, through gRPC", "", "| in flight | renders | failed | per second | p50, ms | p99, ms | slowest, ms | qemu-img create -b, per second |", "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        lines.append(f"| {row['in_flight']} | {row['renders']} | 0 | {number(row['per_second'])} | {number(row['p50_ms'])} | {number(row['p99_ms'])} | {number(row['max_ms'])} |")
+        lines.append(f"| {row['in_flight']} | {row['renders']} | 0 | {number(row['per_second'])} | {number(row['p50_ms'])} | {number(row['p99_ms'])} | {number(row['max_ms'])} | {number(row['peer_per_second']) if 'peer_per_second' in row else '–'} |")
     lines += ["", f"Allocated per volume: {rows[0]['allocated_bytes'] / 1024:.0f} KiB."]
-    lines += [f"{name[0].upper()}{name[1:]}: {values[0]:.0f}." for people in facts.values() for name, values in people.items()]
     return [*lines, ""]
+
+
+def fact_lines(facts: dict) -> list:
+    """One line per figure of the daemon itself."""
+    return [f"- {name[0].upper()}{name[1:]}: {number(values[0])}." for people in facts.values() for name, values in people.items()] + [""]
 
 
 class Svg:
@@ -161,13 +169,14 @@ def main() -> None:
     directory, host = arguments.directory, machine()
     sections, rows = read_samples(directory / "samples.tsv"), load_rows(directory / "load.jsonl")
     lines = [f"{host['cores']} cores ({host['cpu']}), Linux {host['kernel']}; load average {arguments.load[0]} before and {arguments.load[1]} after; {arguments.runs} rounds, interleaved.", ""]
-    titles = {"cold": "Cold build: tarball to durable ext4 disk of 4 GiB", "small-files": "Cold build of many small files", "flat": "Cold build of one large directory", "edit": "Edit in place", "warm": "Warm render through gRPC, complete injection, durable; the peers inject nothing"}
+    titles = {"cold": "Cold build: tarball to durable ext4 disk of 4 GiB", "small-files": "Cold build of many small files", "flat": "Cold build of one large directory", "edit": "Edit in place", "warm": "Warm render through gRPC, complete injection, durable; the peers inject what their names say", "block": "Block volumes by direct I/O, through gRPC", "appliance": "Files put into an overlay by an appliance", "start": "Start of the daemon"}
     for section, title in titles.items():
         if section in sections:
             lines += comparison(title, sections[section])
     if rows:
-        lines += load_table(rows, sections.get("load", {}))
+        lines += load_table(rows)
         load_plot(rows, directory / "load.svg")
+    lines += fact_lines(sections.get("load", {}))
     if "cold" in sections:
         cold_plot(sections["cold"] | sections.get("small-files", {}) | sections.get("flat", {}), directory / "cold.svg")
     found = {section: {case: {who: summary(values) for who, values in people.items()} for case, people in cases.items()} for section, cases in sections.items()}
