@@ -3,7 +3,7 @@
 # Measures cloudletd beside what operators do by hand: same input, same durability (everything is flushed), page cache warm on both sides, runs
 # interleaved A B A B. Needs root and an otherwise quiet machine; the load is recorded with the results.
 #   --runs N         rounds per comparison (default 5); the tables show medians, least and greatest
-#   --section NAME   only this: cold, small-files, flat, edit, warm, block, appliance, load, memory, flushes, start (default: all)
+#   --section NAME   only this: cold, small-files, flat, edit, warm, block, appliance, load, memory, cost, start (default: all)
 # Inputs are made once and kept in target/bench/inputs ($CLOUDLETD_BENCH_DIR moves target/bench): a Debian root filesystem of scripts/fixtures.sh in four
 # compressions, 120,000 small files, and as many in one directory. Needs what scripts/setup-debian.sh --bench installs. Writes results.md, results.json, samples.tsv and two SVG plots to target/bench.
 
@@ -22,7 +22,7 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files flat edit warm block appliance load memory flushes start)
+[[ ${#sections[@]} -gt 0 ]] || sections=(cold small-files flat edit warm block appliance load memory cost start)
 [[ $EUID -eq 0 ]] || { echo "bench.sh: root is needed (loop devices, mounts)" >&2; exit 1; }
 for tool in jq python3 zstd xz gzip mkfs.ext4 mke2fs debugfs mkfs.xfs qemu-img cloud-localds guestfish virt-customize strace cargo cc /usr/include/ext2fs/ext2fs.h; do
     [[ -e $tool ]] || command -v "$tool" >/dev/null || { echo "bench.sh: $tool is not installed (scripts/setup-debian.sh --bench installs it)" >&2; exit 1; }
@@ -103,6 +103,7 @@ programs() {
 # ---- Measuring
 
 sample() { # SECTION CASE WHO MILLISECONDS
+    [[ -n $4 ]] || { echo "bench.sh: $1, $2, $3: no figure, see above" >&2; exit 1; }
     local IFS=$'\t'
     echo "$*" >>"$samples"
 }

@@ -23,7 +23,7 @@ peer_per_second() { # IN-FLIGHT COUNT
 }
 
 load() {
-    local image golden in_flight round count before after
+    local image golden in_flight round count peer before after
     start_daemon "$work/state" "$work/volumes"
     ready_image
     stop_daemon
@@ -34,8 +34,10 @@ load() {
         say "load: $in_flight in flight"
         count=$((in_flight == 1 ? 100 : 400))
         for (( round = 0; round < runs; round++ )); do
+            # In a variable first: both sides of a pipe would run at once.
+            peer=$(peer_per_second "$in_flight" "$count")
             client render "$image" --count "$count" --in-flight "$in_flight" |
-                jq --compact-output --argjson peer "$(peer_per_second "$in_flight" "$count")" 'del(.times_ms) + {peer_per_second: $peer}' >>"$work/load.jsonl"
+                jq --compact-output --argjson peer "$peer" 'del(.times_ms) + {peer_per_second: $peer}' >>"$work/load.jsonl"
         done
     done
     say "load: a thousand at once"
@@ -44,11 +46,6 @@ load() {
     after=$(written_bytes)
     sample load bytes "written per instance, catalogue and deletion included, KiB" "$(((after - before) / 1000 / 1024))"
     sample load memory "resident, greatest, MiB" "$(($(status VmHWM) / 1024))"
-    # Kept, so that the time of deletions is not counted.
-    before=$(processor_ms)
-    client render "$image" --count 400 --in-flight 8 --keep >/dev/null
-    after=$(processor_ms)
-    sample load processor "processor time per render, ms" "$(awk -v ms="$((after - before))" 'BEGIN { print ms / 400 }')"
     cp "$work/load.jsonl" "$dir/load.jsonl"
     stop_daemon
 }
@@ -74,28 +71,34 @@ memory() {
     stop_daemon
 }
 
-# System calls that make things durable, per overlay, one render after another.
-flushes() {
-    local image golden
-    say "flushes"
-    start_daemon "$work/state" "$work/volumes"
+# What one overlay costs: processor time of the daemon, and system calls that make things durable. Sections that keep their volumes have a state of their own.
+cost() {
+    local image golden before after
+    say "cost"
+    mkdir "$work/cost"
+    start_daemon "$work/cost/state" "$work/cost/volumes"
     ready_image
-    client render "$image" --count 5 >/dev/null
-    strace --follow-forks --summary-only --trace=fsync,fdatasync,sync_file_range,syncfs,msync --output="$work/strace" --attach="$daemon" &
+    client render "$image" --count 5 --keep >/dev/null
+    before=$(processor_ms)
+    client render "$image" --count 400 --in-flight 8 --keep >/dev/null
+    after=$(processor_ms)
+    sample load cost "processor time per overlay, ms" "$(awk -v ms="$((after - before))" 'BEGIN { print ms / 400 }')"
+    strace --follow-forks --summary-only --trace=fsync,fdatasync,sync_file_range,syncfs,msync --output="$work/strace" --attach="$daemon" 2>/dev/null &
     local tracer=$!
     sleep 1
     client render "$image" --count 100 --keep >/dev/null
     kill -INT "$tracer"
     wait "$tracer" || true
-    sample load flushes "flushes per overlay (fsync and its like)" "$(awk '$NF ~ /sync/ { calls += $4 } END { print calls / 100 }' "$work/strace")"
+    sample load cost "flushes per overlay, one after another (fsync and its like)" "$(awk '$NF ~ /sync/ { calls += $4 } END { print calls / 100 }' "$work/strace")"
     stop_daemon
 }
 
-# From exec to the socket that answers, with ten thousand volumes in the catalogue.
+# From exec to the first answer, with ten thousand volumes in the catalogue.
 start() {
     local image golden round
     say "start: ten thousand volumes"
-    start_daemon "$work/state" "$work/volumes"
+    mkdir "$work/start"
+    start_daemon "$work/start/state" "$work/start/volumes"
     ready_image
     client render "$image" --count 10000 --in-flight 64 --keep >/dev/null
     stop_daemon
