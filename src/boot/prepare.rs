@@ -27,6 +27,9 @@ pub struct DiskBoot {
     pub bios: bool,
     /// Who UEFI firmware starts, if the disk can be started by it.
     pub efi: Option<EfiProgram>,
+    /// Whether this host's GRUB, where it is on the disk, reads ext4 with `metadata_csum_seed`.
+    #[serde(default)]
+    pub reads_checksum_seed: Option<bool>,
     /// Why something is not there.
     pub notes: Vec<String>,
 }
@@ -77,6 +80,9 @@ pub fn prepare(
             boot.notes.push("UEFI: this host has no GRUB for it (Debian: grub-common, grub-efi-amd64-bin) and the image no shim".into())
         }
         None => boot.notes.push("UEFI: the image has no kernel in /boot and no unified kernel image".into()),
+    }
+    if boot.bios || boot.efi == Some(EfiProgram::HostGrub) {
+        boot.reads_checksum_seed = Some(loaders.reads_checksum_seed);
     }
     Ok(boot)
 }
