@@ -162,7 +162,7 @@ async fn finish(renders: &mut RenderServiceClient<Channel>, id: &str) -> Result<
 }
 
 async fn prerender(renders: &mut RenderServiceClient<Channel>, image: &str) -> Result<proto::Render> {
-    let started = renders.prerender(proto::PrerenderRequest { image_id: image.into(), golden: None }).await?.into_inner();
+    let started = renders.prerender(proto::PrerenderRequest { image_id: image.into(), golden: None, ..Default::default() }).await?.into_inner();
     finish(renders, &started.render.ok_or("no render")?.id).await
 }
 

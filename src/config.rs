@@ -1,5 +1,7 @@
 //! The configuration file: TOML, every key with a default and a unit, unknown keys refused, everything cross-checked before a socket is bound.
 
+mod kernels;
+
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -16,6 +18,8 @@ use crate::{
     target::{IoPriority, Place, Pool},
     units::{Bytes, GIB, MIB},
 };
+
+pub use kernels::KernelConfig;
 
 /// Where state is kept when neither file nor flag says.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/cloudletd";
@@ -44,6 +48,9 @@ pub struct Config {
     /// What instances run on. Default: none.
     #[serde(rename = "platform")]
     pub platforms: Vec<PlatformConfig>,
+    /// Kernels for images that bring none, in order of preference. Default: none.
+    #[serde(rename = "kernel")]
+    pub kernels: Vec<KernelConfig>,
     /// Firmware for machines with UEFI, as QEMU takes it.
     pub uefi: Uefi,
 }
@@ -272,6 +279,9 @@ pub struct Prerender {
     pub size: Option<Bytes>,
     /// ext4 features.
     pub profile: Option<Profile>,
+    /// Names of the platforms that it has to start on.
+    #[serde(default)]
+    pub platforms: Vec<String>,
 }
 
 /// Limits on what runs and waits.
@@ -308,6 +318,7 @@ impl Default for Config {
             golden: Golden::default(),
             limits: Limits::default(),
             platforms: Vec::new(),
+            kernels: Vec::new(),
             uefi: Uefi::default(),
         }
     }
@@ -425,6 +436,10 @@ impl Config {
                 (None, Some(path)) => return wrong(&at("manifest"), format!("{path:?} is not an absolute path")),
                 _ => return wrong(&at("image"), "either image or manifest says what is prepared".into()),
             }
+            if let Some(name) = prerender.platforms.iter().find(|name| !self.platforms.iter().any(|platform| platform.name.as_str() == name.as_str()))
+            {
+                return wrong(&at("platforms"), format!("there is no platform {name}"));
+            }
         }
         let mut names = BTreeSet::new();
         for (index, platform) in self.platforms.iter().enumerate() {
@@ -442,6 +457,7 @@ impl Config {
                 return wrong(&at("bridge"), format!("{:?} is not the name of a network bridge", platform.bridge));
             }
         }
+        kernels::check(&self.kernels)?;
         if (1..MIB).contains(&self.limits.write_bandwidth.0) {
             return wrong("limits.write_bandwidth", format!("{} a second is less than 1 MiB; 0 is no limit", self.limits.write_bandwidth));
         }
@@ -497,6 +513,7 @@ mod tests {
             ("[[golden.prerender]]\nsize='1 GiB'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nimage='a'\nmanifest='/b'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nmanifest='b'", "golden.prerender[0].manifest"),
+            ("[[golden.prerender]]\nimage='a'\nplatforms=['b']", "golden.prerender[0].platforms"),
             ("[[golden.prerender]]\nimage='a'\nrootfs_url='http://b'", "golden.prerender[0].rootfs_url"),
         ] {
             let error = Config::parse(text).expect_err(text);

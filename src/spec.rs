@@ -34,7 +34,7 @@ pub struct RenderSpec {
     pub replace: bool,
     /// Further devices; one that has the name of a device of the manifest completes it.
     pub devices: Vec<DeviceSpec>,
-    /// Options of the golden.
+    /// Options of the golden, and the platforms that the instance is for.
     pub golden: GoldenOptions,
     /// The request as it was decoded, secrets replaced by digests; two requests are the same when this is equal.
     pub canonical: Value,
@@ -84,6 +84,8 @@ pub struct GoldenOptions {
     pub size_bytes: Option<u64>,
     /// ext4 features.
     pub profile: Option<Profile>,
+    /// Names of the platforms that its disk has to start on; they decide what nobody else does.
+    pub platforms: Vec<String>,
 }
 
 /// A job: a render, or a golden image ahead of time.

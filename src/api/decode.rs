@@ -17,12 +17,15 @@ use crate::{
         config::{AuthorizedKeys, HostKeys, InjectedFile, InstanceConfig, Secret},
     },
     mapping::Role,
-    names::{Digest, GuestPath, InstanceName},
+    names::{Digest, GuestPath, InstanceName, PoolName},
     proto,
     spec::{DeviceSpec, GoldenOptions, RenderSpec},
     target::{BackingPath, Compression, DirectIo, Preallocation, VolumeFormat, VolumeOptions, ZeroPolicy},
     units::{Bytes, PATCH_BLOCK, round_up},
 };
+
+/// Platforms that one disk may be asked to start on: more than any provider has kinds of them.
+const PLATFORMS_MAX: usize = 64;
 
 fn parsed<T: FromStr<Err = String>>(field: &str, text: &str) -> Result<T> {
     if text.is_empty() {
@@ -52,7 +55,7 @@ pub fn render_spec(spec: Option<proto::RenderSpec>) -> Result<RenderSpec> {
     Ok(RenderSpec {
         pool: parsed("spec.volume.pool", &volume.pool)?,
         volume: parsed("spec.volume.name", &volume.name)?,
-        golden: golden_options(spec.golden.clone(), "spec.golden")?,
+        golden: GoldenOptions { platforms: platforms(&spec.platforms, "spec.platforms")?, ..golden_options(spec.golden.clone(), "spec.golden")? },
         size_bytes: (spec.size_bytes > 0).then(|| round_up(spec.size_bytes, PATCH_BLOCK)),
         overwrite: spec.overwrite,
         format: format("spec.format", spec.format)?,
@@ -201,7 +204,16 @@ pub fn golden_options(options: Option<proto::GoldenOptions>, field: &str) -> Res
             Err(_) => return Err(Error::field(Stage::Request, format!("{field}.layout"), format!("{} is not a layout", options.layout))),
         },
         size_bytes: (options.size_bytes > 0).then_some(options.size_bytes),
+        platforms: Vec::new(),
     })
+}
+
+/// Names of platforms; whether they are configured is seen later.
+pub fn platforms(names: &[String], field: &str) -> Result<Vec<String>> {
+    if names.len() > PLATFORMS_MAX {
+        return Err(Error::field(Stage::Request, field, format!("names {} platforms, the limit is {PLATFORMS_MAX}", names.len())));
+    }
+    list(field, names, |field, name| parsed::<PoolName>(field, name).map(|name| name.to_string()))
 }
 
 /// The configuration in a request about an instance that is there; its policy about host keys is the caller's to set.
@@ -304,6 +316,8 @@ fn canonical(spec: &proto::RenderSpec, message: &proto::InstanceConfig, instance
         "overwrite": spec.overwrite,
         "options": spec.options.as_ref().map(|options| format!("{options:?}")),
         "replace": spec.replace,
+        // Absent when there are none, as in requests of versions that did not know them.
+        "platforms": (!spec.platforms.is_empty()).then_some(&spec.platforms),
         "devices": spec.devices.iter().map(canonical_device).collect::<Vec<_>>(),
         "golden": spec.golden.as_ref().map(|golden| json!({
             "filesystem": golden.filesystem, "layout": golden.layout, "size_bytes": golden.size_bytes, "profile": golden.profile,

@@ -154,6 +154,7 @@ pub fn planned_device(device: &ResolvedDevice) -> proto::PlannedDevice {
 pub fn mapping(mapping: &mapping::Mapping) -> proto::Mapping {
     let identity = &mapping.identity;
     proto::Mapping {
+        platforms: mapping.platforms.clone(),
         instance: mapping.instance.to_string(),
         render_id: mapping.render_id.clone(),
         image_id: mapping.image_id.clone(),

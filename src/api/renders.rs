@@ -11,7 +11,7 @@ use crate::{
     names::Digest,
     proto::{self, render_service_server::RenderService},
     render::{Engine, blocking},
-    spec::JobSpec,
+    spec::{GoldenOptions, JobSpec},
     store::records::RenderState,
 };
 
@@ -113,7 +113,8 @@ impl RenderService for Renders {
 
     async fn prerender(&self, request: Request<proto::PrerenderRequest>) -> Result<Response<proto::PrerenderResponse>, Status> {
         let request = request.into_inner();
-        let golden = decode::golden_options(request.golden, "golden")?;
+        let golden =
+            GoldenOptions { platforms: decode::platforms(&request.platforms, "platforms")?, ..decode::golden_options(request.golden, "golden")? };
         let already_built = self.0.is_built(&request.image_id, &golden).await?;
         let started = self.0.start(JobSpec::Prerender { image_id: request.image_id, golden }).await?;
         Ok(Response::new(proto::PrerenderResponse { render: Some(encode::render(started.snapshot)), already_built }))

@@ -52,10 +52,6 @@ impl VolumeService for Volumes {
     async fn get_mapping(&self, request: Request<proto::GetMappingRequest>) -> Result<Response<proto::GetMappingResponse>, Status> {
         let request = request.into_inner();
         let platform = if request.platform.is_empty() { None } else { Some(self.0.platform(&request.platform)?) };
-        let bus = match (&platform, request.bus.as_str()) {
-            (Some(config), "") => config.platform().bus,
-            (_, text) => bus_of(text)?,
-        };
         let catalog = &self.0.store.catalog;
         let (found, what) = match (request.volume, request.render_id.as_str()) {
             (Some(_), id) if !id.is_empty() => return Err(Error::field(Stage::Request, "render_id", "is exclusive with volume").into()),
@@ -68,9 +64,19 @@ impl VolumeService for Volumes {
         let record =
             found.ok_or_else(|| Error::new(Kind::NotFound, Stage::Report, what, "there is no such volume").with_reason("VOLUME_NOT_FOUND"))?;
         let mapping = &record.mapping;
+        // A platform that was renamed since the render says nothing.
+        let rendered_for = mapping.platforms.first().and_then(|name| self.0.platform(name).ok());
+        let bus = match (platform.or(rendered_for), request.bus.as_str()) {
+            (Some(config), "") => config.platform().bus,
+            (_, text) => bus_of(text)?,
+        };
+        let machine = match platform {
+            Some(config) => Some(self.0.machine_forms(mapping, config).await?),
+            None => None,
+        };
         Ok(Response::new(proto::GetMappingResponse {
             libvirt_xml: if bus == Bus::Nvme { String::new() } else { mapping::libvirt::disks(mapping, bus)? },
-            machine: platform.map(|config| self.0.machine_forms(mapping, config)).transpose()?,
+            machine,
             xl_disks: mapping
                 .devices
                 .iter()

@@ -16,7 +16,7 @@ use crate::{
     boot::{
         grub::{self, Entry},
         kernels::{self, Kernel},
-        platform::{Console, DEFAULT_CONSOLES, Mode, Platform},
+        platform::{self, Bus, Console, Mode, Platform},
     },
     disk::Layout,
     error::{Error, Result, Stage},
@@ -47,8 +47,8 @@ pub struct Inputs<'a> {
     pub root_partition: Option<Uuid>,
     /// Architecture of the guest.
     pub arch: &'a str,
-    /// Where it will run, when that is known.
-    pub platform: Option<&'a Platform>,
+    /// Where it will run, when that is known: the disk is the same on all of them.
+    pub platforms: &'a [Platform],
 }
 
 /// How the instance's first kernel is started.
@@ -86,7 +86,7 @@ pub fn edits(inputs: &Inputs<'_>, claimed: &dyn Fn(&str) -> bool) -> Result<Boot
     for path in repairable(inputs.facts) {
         repair(inputs, &path, &mut written)?;
     }
-    if inputs.platform.is_some_and(|platform| platform.mode == Mode::Pv) {
+    if inputs.platforms.iter().any(|platform| platform.mode == Mode::Pv) {
         let root = if inputs.layout == Layout::Bare { "(hd0)" } else { "(hd0,0)" };
         written.write("/boot/grub/menu.lst", grub::menu_lst(&entries, root), "kernels for pygrub and pvgrub")?;
     }
@@ -139,18 +139,16 @@ fn root_of(inputs: &Inputs<'_>, kernel: &Kernel) -> String {
     match (&kernel.initrd, inputs.root_partition) {
         (Some(_), _) => format!("UUID={}", inputs.root_uuid),
         (None, Some(partition)) => format!("PARTUUID={partition}"),
-        (None, None) => match inputs.platform.map(|platform| platform.bus) {
-            Some(crate::boot::platform::Bus::Xen) => "/dev/xvda".into(),
-            Some(crate::boot::platform::Bus::Scsi) => "/dev/sda".into(),
-            Some(crate::boot::platform::Bus::Nvme) => "/dev/nvme0n1".into(),
-            Some(crate::boot::platform::Bus::Virtio) | None => "/dev/vda".into(),
-        },
+        // Names differ between platforms; a disk for several of them needs an initrd.
+        (None, None) => {
+            let bus = inputs.platforms.first().map_or(Bus::Virtio, |platform| platform.bus);
+            format!("/dev/{}", crate::mapping::names::guest_name(bus, 0))
+        }
     }
 }
 
 fn console_arguments(inputs: &Inputs<'_>) -> String {
-    let consoles = inputs.platform.map_or_else(|| DEFAULT_CONSOLES.to_vec(), Platform::consoles);
-    let arguments: Vec<&str> = consoles.into_iter().map(|console: Console| console.argument(inputs.arch)).collect();
+    let arguments: Vec<&str> = platform::consoles(inputs.platforms).into_iter().map(|console| console.argument(inputs.arch)).collect();
     arguments.join(" ")
 }
 
@@ -179,7 +177,7 @@ fn menu(inputs: &Inputs<'_>, entries: &[Entry], written: &mut Writer<'_>) -> Res
             }
         },
     };
-    let serial = inputs.platform.is_none_or(|platform| platform.consoles().contains(&Console::Serial));
+    let serial = platform::consoles(inputs.platforms).contains(&Console::Serial);
     written.write(PATH, grub::grub_cfg(entries, serial), why)
 }
 
@@ -241,7 +239,7 @@ mod tests {
     use super::*;
     use crate::boot::{
         kernels::tests::facts,
-        platform::{Bus, Firmware, Hypervisor, tests::platform},
+        platform::{Firmware, Hypervisor, tests::platform},
     };
 
     const UUID: Uuid = uuid::uuid!("11111111-2222-3333-4444-555555555555");
@@ -253,7 +251,7 @@ mod tests {
     ];
 
     fn with<'a>(facts: &'a GuestFacts, spec: &'a BootSpec) -> Inputs<'a> {
-        Inputs { facts, spec, layout: Layout::Gpt, root_uuid: UUID, root_partition: Some(Uuid::from_u128(7)), arch: "x86_64", platform: None }
+        Inputs { facts, spec, layout: Layout::Gpt, root_uuid: UUID, root_partition: Some(Uuid::from_u128(7)), arch: "x86_64", platforms: &[] }
     }
 
     fn texts(edits: &BootEdits) -> Vec<(String, String)> {
@@ -328,7 +326,7 @@ mod tests {
         let files: Vec<_> = DEBIAN.iter().copied().filter(|(path, _)| !path.contains("initrd")).collect();
         let (facts, spec) = (facts(&files, &[]), BootSpec::default());
         let xen = platform(Hypervisor::Xen, Mode::Pv, Firmware::Loader, Bus::Xen);
-        let inputs = Inputs { layout: Layout::Bare, root_partition: None, platform: Some(&xen), ..with(&facts, &spec) };
+        let inputs = Inputs { layout: Layout::Bare, root_partition: None, platforms: std::slice::from_ref(&xen), ..with(&facts, &spec) };
         let result = run(&inputs);
         let texts = texts(&result);
         assert_eq!(texts[1].0, "/boot/grub/menu.lst");

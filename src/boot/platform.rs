@@ -3,6 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 pub use crate::mapping::Bus;
+use crate::{
+    disk::Layout,
+    fs::{FsKind, Profile},
+};
 
 /// The hypervisor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -192,6 +196,44 @@ impl Platform {
 /// Consoles of a disk that may be started anywhere: the screen, and the serial line that clouds and `virsh console` show.
 pub const DEFAULT_CONSOLES: [Console; 2] = [Console::Vga, Console::Serial];
 
+/// What platforms want of a disk that has to start on all of them, where nobody else decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Preferences {
+    /// A partition table when a firmware needs one, else none.
+    pub layout: Option<Layout>,
+    /// ext4 where the host reads the filesystem: for its loader, or to take the kernel out.
+    pub filesystem: Option<FsKind>,
+    /// The features that the host's loader reads.
+    pub profile: Option<Profile>,
+}
+
+/// What `platforms` want together; nothing when there are none.
+pub fn preferences(platforms: &[Platform]) -> Preferences {
+    let any = |firmwares: &[Firmware]| platforms.iter().any(|platform| firmwares.contains(&platform.firmware));
+    Preferences {
+        layout: match platforms {
+            [] => None,
+            _ if any(&[Firmware::Bios, Firmware::Uefi]) => Some(Layout::Gpt),
+            _ => Some(Layout::Bare),
+        },
+        filesystem: any(&[Firmware::Loader, Firmware::Direct]).then_some(FsKind::Ext4),
+        profile: any(&[Firmware::Loader]).then_some(Profile::Compat),
+    }
+}
+
+/// Consoles of a disk that has to talk on all of `platforms`. A kernel leaves out those that a machine lacks; the last one there is is its main one: the serial
+/// line where there is a PC, the hypervisor's where there is none.
+pub fn consoles(platforms: &[Platform]) -> Vec<Console> {
+    match platforms {
+        [] => DEFAULT_CONSOLES.to_vec(),
+        [only] => only.consoles(),
+        several => {
+            let wanted: Vec<Console> = several.iter().flat_map(Platform::consoles).collect();
+            [Console::Vga, Console::Hypervisor, Console::Serial].into_iter().filter(|console| wanted.contains(console)).collect()
+        }
+    }
+}
+
 /// An architecture in the kernel's words (`uname -m`) for those known by several.
 pub fn machine(arch: &str) -> &str {
     match arch {
@@ -230,5 +272,20 @@ pub(crate) mod tests {
         let mut direct = platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Direct, Bus::Virtio);
         direct.secure_boot = true;
         assert_eq!(direct.contradiction().as_deref(), Some("secure boot is a matter of uefi"));
+    }
+
+    #[test]
+    fn platforms_decide_together_what_nobody_else_does() {
+        let bios = platform(Hypervisor::Kvm, Mode::Kvm, Firmware::Bios, Bus::Virtio);
+        let pv = platform(Hypervisor::Xen, Mode::Pv, Firmware::Loader, Bus::Xen);
+        let pvh = platform(Hypervisor::Xen, Mode::Pvh, Firmware::Direct, Bus::Xen);
+        assert_eq!((preferences(&[]), consoles(&[])), (Preferences::default(), DEFAULT_CONSOLES.to_vec()));
+        assert_eq!(preferences(&[bios.clone()]), Preferences { layout: Some(Layout::Gpt), filesystem: None, profile: None });
+        let direct = Preferences { layout: Some(Layout::Bare), filesystem: Some(FsKind::Ext4), profile: None };
+        assert_eq!((preferences(&[pvh.clone()]), consoles(&[pvh.clone()])), (direct, vec![Console::Hypervisor]));
+        let all = [bios, pvh, pv];
+        let everything = Preferences { layout: Some(Layout::Gpt), filesystem: Some(FsKind::Ext4), profile: Some(Profile::Compat) };
+        assert_eq!(preferences(&all), everything);
+        assert_eq!(consoles(&all), [Console::Vga, Console::Hypervisor, Console::Serial]);
     }
 }

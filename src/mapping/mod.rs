@@ -43,6 +43,9 @@ pub struct Mapping {
     /// Network cards in the guest's order.
     #[serde(default)]
     pub nics: Vec<Nic>,
+    /// Names of the platforms it was rendered for, as they were called then.
+    #[serde(default)]
+    pub platforms: Vec<String>,
     /// Identities given to the guest.
     pub identity: GuestIdentity,
     /// What was injected, replaced and removed, secrets redacted (the report of `guest`).

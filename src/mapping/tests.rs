@@ -50,6 +50,7 @@ pub(super) fn mapping() -> Mapping {
             seed,
             device(Role::Scratch, 3, VolumeFormat::Qcow2, "/srv/\"it's\" <a> & b\\c.qcow2"),
         ],
+        platforms: Vec::new(),
         nics: vec![Nic { name: "eth0".into(), mac: MacAddr([0x52, 0x54, 0, 1, 2, 3]) }],
         identity: GuestIdentity {
             instance_uuid: "u".into(),

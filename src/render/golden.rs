@@ -9,13 +9,14 @@ use std::{
     io::{Read, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex},
 };
 
 use uuid::Uuid;
 
 use crate::{
     boot::{
+        extract::{Extent, Study},
         loaders::{HostLoaders, LoaderDigests},
         prepare::{self, DiskBoot},
     },
@@ -57,6 +58,20 @@ pub struct LoadedGolden {
     pub facts: GuestFacts,
     /// How the disk can be started.
     pub boot: DiskBoot,
+    /// What its kernel can do, once somebody has asked.
+    study: Mutex<Option<Arc<Study>>>,
+}
+
+impl LoadedGolden {
+    /// What is known of its kernel, if that is enough.
+    pub(super) fn study(&self, extent: Extent) -> Option<Arc<Study>> {
+        self.study.lock().expect("no panic while holding a study").as_ref().filter(|study| study.covers(extent)).map(Arc::clone)
+    }
+
+    /// Keeps what was found out.
+    pub(super) fn keep_study(&self, study: &Arc<Study>) {
+        *self.study.lock().expect("no panic while holding a study") = Some(Arc::clone(study));
+    }
 }
 
 /// The identities of a golden's own filesystem and disk.
@@ -198,7 +213,13 @@ impl Engine {
         }
         let facts = read_json(&dir.join("facts.json"))?;
         let boot = read_json(&dir.join("boot.json"))?;
-        let golden = Arc::new(LoadedGolden { disk: GoldenDisk { path, size_bytes: size, digest: record.digest }, record, facts, boot });
+        let golden = Arc::new(LoadedGolden {
+            disk: GoldenDisk { path, size_bytes: size, digest: record.digest },
+            record,
+            facts,
+            boot,
+            study: Mutex::new(None),
+        });
         let mut loaded = self.loaded.lock().expect("no panic while holding loaded goldens");
         if loaded.len() >= LOADED_GOLDENS_MAX {
             loaded.remove(0);

@@ -6,7 +6,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{
-    boot::{self, edits::BootEdits},
+    boot::{self, edits::BootEdits, platform::Platform},
+    config::PlatformConfig,
     disk::{DiskIds, Layout},
     error::{Error, Result, Stage},
     fs::{
@@ -16,7 +17,8 @@ use crate::{
     guest::{
         self,
         config::{InstanceConfig, Secret},
-        fstab::{Mounts, RootMount},
+        facts::NodeKind,
+        fstab::{MountLine, Mounts, RootMount},
         identity::Identity,
         report::Change,
         selinux::Labeller,
@@ -60,7 +62,7 @@ pub fn inject(
     render: &ResolvedRender,
     golden: &LoadedGolden,
     identity: &Identity,
-    mounts: Mounts,
+    mut mounts: Mounts,
     now: Timestamp,
 ) -> Result<Injected> {
     let config = &render.spec.instance;
@@ -69,6 +71,11 @@ pub fn inject(
     let context = apply::context(config, &render.args, &image);
     let mut edits = apply::template_edits(&resolved.image.manifest, &golden.facts, &context)?;
     let claimed: BTreeSet<String> = resolved.image.manifest.templates().iter().map(ToString::to_string).collect();
+    if let Some(line) = esp_mount(golden, identity.disk_guid)
+        && !mounts.lines.iter().any(|other| other.target == line.target)
+    {
+        mounts.lines.push(line);
+    }
     let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem, mounts };
     let secret_args = render.args.keys().filter(|name| resolved.image.manifest.is_secret_arg(name)).cloned().collect();
     // What is recorded in the guest are the args as they were used, defaults included.
@@ -110,9 +117,25 @@ pub fn inject(
     Ok(Injected { request, report, identity: guest_identity, filesystem_uuid, disk_identity: identity.disk_guid })
 }
 
+/// Where the guest's own tools find the EFI system partition, for an image that has a place for it. By the partition's GUID, which is this instance's; the
+/// volume's serial number is the golden's. A guest whose kernel has no vfat starts without it.
+fn esp_mount(golden: &LoadedGolden, disk: Uuid) -> Option<MountLine> {
+    const PLACE: &str = "/boot/efi";
+    golden.boot.efi.as_ref()?;
+    let (place, node) = golden.facts.resolve(PLACE)?;
+    (place == PLACE && node.kind == NodeKind::Directory).then(|| MountLine {
+        source: format!("PARTUUID={}", DiskIds::derived(disk).esp),
+        target: PLACE.to_owned(),
+        kind: "vfat".to_owned(),
+        options: "umask=0077,nofail".to_owned(),
+        pass: 0,
+    })
+}
+
 /// What makes the disk of this instance boot. What something else writes already is left to it.
 fn boot_edits(resolved: &Resolved, golden: &LoadedGolden, root_uuid: Uuid, disk: Uuid, others: &[Edit]) -> Result<BootEdits> {
     let spec = &golden.record.spec;
+    let platforms: Vec<Platform> = resolved.platforms.iter().map(PlatformConfig::platform).collect();
     let inputs = boot::edits::Inputs {
         facts: &golden.facts,
         spec: resolved.image.manifest.boot(),
@@ -120,7 +143,7 @@ fn boot_edits(resolved: &Resolved, golden: &LoadedGolden, root_uuid: Uuid, disk:
         root_uuid,
         root_partition: (spec.layout == Layout::Gpt).then(|| DiskIds::derived(disk).root),
         arch: &spec.arch,
-        platform: None,
+        platforms: &platforms,
     };
     boot::edits::edits(&inputs, &|path| others.iter().any(|edit| edit.path.display() == path))
 }

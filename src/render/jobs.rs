@@ -235,6 +235,8 @@ impl Engine {
         job.update(|record| record.golden_key = Some(fetched.golden.key()));
         let (resolved, golden) = self.golden(fetched, &progress, || begin(job)).await?;
         progress.check()?;
+        self.check_platforms(&resolved, &golden).await?;
+        progress.check()?;
         let permit = Arc::clone(&self.render_permits).acquire_owned().await;
         let permit = permit.map_err(|error| Error::internal(Stage::Inject, "", "the render permits are closed").with_source(error))?;
         progress.check()?;

@@ -10,6 +10,8 @@
 //! volume    Golden + edits → patch → staged → published volumes + mapping  blocking
 //! admission space promised to renders that run; memory
 //! reconfigure  a stopped instance's volume, changed in place
+//! start     which kernel an instance starts with on a platform, or why it does not
+//! machine   the whole machine in the forms of hypervisors' tools
 //! recover   what a daemon does first
 //! ```
 //!
@@ -28,6 +30,7 @@ pub mod prerender;
 pub mod reconfigure;
 mod recover;
 pub mod resolve;
+mod start;
 pub mod volume;
 
 use std::{
@@ -39,7 +42,8 @@ use std::{
 use tokio::sync::Semaphore;
 
 use crate::{
-    config::Config,
+    boot::supplied::SuppliedKernels,
+    config::{Config, KernelConfig},
     error::{Error, Kind, Result, Stage},
     host::info::HostInfo,
     names::{Digest, PoolName},
@@ -66,6 +70,8 @@ pub struct Engine {
     /// Pools by name.
     pub pools: BTreeMap<PoolName, Pool>,
     fetcher: Fetcher,
+    /// Kernels of the configuration.
+    kernels: SuppliedKernels,
     host: Mutex<Option<(Instant, Arc<HostInfo>)>>,
     loaded: Mutex<Vec<Arc<LoadedGolden>>>,
     fetches: Flights<String>,
@@ -91,6 +97,7 @@ impl Engine {
             store,
             pools,
             fetcher,
+            kernels: SuppliedKernels::new(config.kernels.iter().map(KernelConfig::source).collect()),
             host: Mutex::new(None),
             loaded: Mutex::new(Vec::new()),
             fetches: Flights::default(),

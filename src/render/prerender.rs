@@ -57,6 +57,7 @@ async fn prepare(engine: &Arc<Engine>, prerender: &Prerender) -> Result<()> {
         layout: prerender.layout,
         size_bytes: prerender.size.map(|size| size.0),
         profile: prerender.profile,
+        platforms: prerender.platforms.clone(),
     };
     let started = engine.start(JobSpec::Prerender { image_id, golden }).await?;
     let id = started.snapshot.record.id;

@@ -5,7 +5,11 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::{
-    boot::loaders::HostLoaders,
+    boot::{
+        loaders::HostLoaders,
+        platform::{Platform, preferences},
+    },
+    config::PlatformConfig,
     disk::Layout,
     error::{Error, Kind, Result, Stage},
     fs::FsKind,
@@ -49,6 +53,8 @@ pub struct Resolved {
     pub golden: PartialGoldenSpec,
     /// The volume to make; none for a prerender.
     pub render: Option<ResolvedRender>,
+    /// The platforms that it is for.
+    pub platforms: Vec<PlatformConfig>,
     /// The request as it is compared under an idempotency key.
     pub canonical: Value,
 }
@@ -176,14 +182,16 @@ impl Engine {
     /// The golden that an image means under these options.
     pub fn golden_spec(&self, image: &Image, options: &GoldenOptions) -> Result<PartialGoldenSpec> {
         let (manifest, defaults) = (&image.manifest, &self.config.golden);
-        let layout = options.layout.or(manifest.layout()).unwrap_or(defaults.layout);
-        let filesystem = options.filesystem.or(manifest.filesystem()).unwrap_or(defaults.filesystem);
+        let platforms = self.platforms(&options.platforms)?;
+        let wanted = preferences(&platforms.iter().map(PlatformConfig::platform).collect::<Vec<Platform>>());
+        let layout = options.layout.or(manifest.layout()).or(wanted.layout).unwrap_or(defaults.layout);
+        let filesystem = options.filesystem.or(manifest.filesystem()).or(wanted.filesystem).unwrap_or(defaults.filesystem);
         let arch = manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned();
         let loaders = match layout {
             Layout::Bare => Arc::default(),
             Layout::Gpt => HostLoaders::of_host(&arch, &self.store.tmp())?,
         };
-        let profile = options.profile.or(manifest.profile()).unwrap_or_else(|| golden::default_profile(layout, &loaders));
+        let profile = options.profile.or(manifest.profile()).or(wanted.profile).unwrap_or_else(|| golden::default_profile(layout, &loaders));
         let size = options.size_bytes.or(manifest.disk_size()).unwrap_or(defaults.size.0);
         let wrong = |why: String| Err(Error::field(Stage::Resolve, "spec.golden.size_bytes", why).with_reason("BAD_SIZE"));
         if !size.is_multiple_of(PATCH_BLOCK) {
@@ -217,6 +225,7 @@ impl Engine {
                 initrd: manifest.boot().initrd.as_ref().map(ToString::to_string),
             },
         };
+        self.check_beforehand(manifest, &template, &platforms)?;
         Ok(PartialGoldenSpec { digest: image.record.rootfs_digest, template })
     }
 
@@ -230,12 +239,14 @@ impl Engine {
         match job {
             JobSpec::Prerender { image_id, golden } => {
                 let image = self.image(&image_id)?;
+                let platforms = self.platforms(&golden.platforms)?;
                 let golden = self.golden_spec(&image, &golden)?;
-                Ok(Resolved { image, golden, render: None, canonical: Value::Null })
+                Ok(Resolved { image, golden, render: None, platforms, canonical: Value::Null })
             }
             JobSpec::Render { spec, .. } => {
                 let spec = *spec;
                 let image = self.image(&spec.image_id)?;
+                let platforms = self.platforms(&spec.golden.platforms)?;
                 let golden = self.golden_spec(&image, &spec.golden)?;
                 let pool = self.pool(&spec.pool)?.clone();
                 let format = format_for(&pool, spec.format, "spec.format")?;
@@ -245,7 +256,7 @@ impl Engine {
                 let devices = devices::resolve(self, &image.manifest, &spec)?;
                 let canonical = spec.canonical.clone();
                 let render = ResolvedRender { spec, pool, format, args, devices, replaces: None, attached: Vec::new() };
-                Ok(Resolved { image, golden, render: Some(render), canonical })
+                Ok(Resolved { image, golden, render: Some(render), platforms, canonical })
             }
         }
     }

@@ -8,6 +8,7 @@ use std::{collections::BTreeSet, fs::File, sync::Arc};
 use serde_json::Value;
 
 use crate::{
+    boot::platform::Firmware,
     disk::DiskPlan,
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
@@ -85,6 +86,10 @@ impl Engine {
     pub async fn plan(self: &Arc<Self>, spec: RenderSpec) -> Result<Plan> {
         let key = "plan".parse().map_err(|why: String| Error::internal(Stage::Request, "plan", why))?;
         let mut resolved = self.resolve(JobSpec::Render { key, spec: Box::new(spec) }).await?;
+        let (engine, known) = (Arc::clone(self), resolved.golden.complete());
+        if let Some(golden) = blocking(Stage::Golden, move || known.map(|spec| engine.load_golden(spec.key())).transpose()).await?.flatten() {
+            self.check_platforms(&resolved, &golden).await?;
+        }
         let engine = Arc::clone(self);
         blocking(Stage::Edit, move || {
             if let Some(render) = &mut resolved.render {
@@ -287,11 +292,12 @@ impl Engine {
                 image_id: resolved.image.record.id.clone(),
                 devices: vec![device],
                 nics: prepared.nics.clone(),
+                platforms: resolved.platforms.iter().map(|config| config.name.to_string()).collect(),
                 identity: injected.identity.clone(),
                 injected: injected.report.clone(),
                 created_secs: now_secs(),
             },
-            golden_key: (render.format == VolumeFormat::Qcow2Overlay).then_some(golden.record.key),
+            golden_key: needs_golden(resolved, render, golden).then_some(golden.record.key),
             created: now_secs(),
             role: Role::Root,
             root: None,
@@ -456,12 +462,23 @@ fn regions(golden: &LoadedGolden) -> Result<(Region, Region)> {
     Ok((disk, root))
 }
 
+/// Where the root filesystem of a golden is.
+pub(super) fn root_region(golden: &LoadedGolden) -> Result<Region> {
+    regions(golden).map(|(_, root)| root)
+}
+
 /// The root filesystem of a golden for looking things up, when that needs no kernel.
 fn open_root(golden: &LoadedGolden) -> Result<Option<Image>> {
     match golden.record.spec.filesystem {
         FsKind::Ext4 => Image::open(&regions(golden)?.1).map(Some),
         FsKind::Xfs | FsKind::Btrfs => Ok(None),
     }
+}
+
+/// Whether the volume is of use only as long as its golden is: an overlay, and what is started with the kernel that lies beside the golden.
+fn needs_golden(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden) -> bool {
+    let direct = resolved.platforms.iter().any(|config| config.platform().firmware == Firmware::Direct);
+    render.format == VolumeFormat::Qcow2Overlay || (direct && !golden.boot.kernels.is_empty())
 }
 
 /// The blocks of the whole disk that the edits, the new identities and the new size change.

@@ -211,7 +211,7 @@ pub struct VolumeRecord {
     pub volume: Volume,
     /// For a root the mapping of its whole instance; for any other volume that of itself alone.
     pub mapping: Mapping,
-    /// Golden it is backed by (a lease), for overlays.
+    /// Golden that it needs (a lease): what an overlay is backed by, or where the kernel lies that it is started with.
     pub golden_key: Option<Digest>,
     /// Seconds since 1970.
     pub created: i64,

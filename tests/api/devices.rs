@@ -200,6 +200,7 @@ async fn listed_golden_images_are_prepared_when_the_daemon_starts() {
         layout: None,
         size: Some(cloudletd::units::Bytes(96 * MIB)),
         profile: None,
+        platforms: Vec::new(),
     };
     let mut daemon = Daemon::start_in(dir.path(), |config| config.golden.prerenders = vec![prerender]).await;
     let begun = std::time::Instant::now();

@@ -4,6 +4,7 @@ mod devices;
 mod errors;
 mod images;
 mod lifecycle;
+mod platforms;
 mod renders;
 mod support;
 mod tls;

@@ -142,7 +142,7 @@ async fn a_plan_shows_what_a_render_then_does_and_writes_nothing() {
     let request = proto::PlanRenderRequest { spec: Some(wanted.clone()) };
     let cold = daemon.renders.plan_render(request.clone()).await.expect("a plan").into_inner();
     assert!(!cold.golden_ready && cold.edits.is_empty());
-    let job = daemon.renders.prerender(proto::PrerenderRequest { image_id: image, golden: None }).await.expect("accepted").into_inner();
+    let job = daemon.renders.prerender(proto::PrerenderRequest { image_id: image, ..Default::default() }).await.expect("accepted").into_inner();
     assert!(!job.already_built);
     let job = daemon.wait(&job.render.expect("a job").id).await;
     assert_eq!((job.state(), job.golden_key.clone()), (proto::RenderState::Succeeded, cold.golden_key.clone()));
