@@ -29,6 +29,8 @@ TEXT
 fixture_packages() {
     case "$1" in
         bookworm-ifupdown) echo ifupdown ;;
+        # Debian's signed boot loaders, and what their update-grub needs.
+        bookworm-signed-ifupdown) echo ifupdown,shim-signed,grub-efi-amd64-signed,grub-efi-amd64 ;;
         bookworm-networkd) echo systemd-resolved ;;
         bookworm-networkmanager) echo network-manager ;;
         bookworm-netplan) echo netplan.io,systemd-resolved ;;
@@ -40,7 +42,7 @@ fixture_packages() {
     esac
 }
 # Releases whose e2fsck judges images: 1.46.2 and 1.47.2; the host's own is another.
-readonly FIXTURES=(bookworm-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd
+readonly FIXTURES=(bookworm-ifupdown bookworm-signed-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd
     e2fsprogs-bullseye e2fsprogs-trixie)
 # The cloud kernel has virtio, ext4, xfs and btrfs at a third of the size of the full one. openssh-server brings host keys
 # that every instance must lose.

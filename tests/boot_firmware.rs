@@ -7,23 +7,93 @@ mod common;
 use common::{
     boot::{Firmware, Start, firmware_cmdline},
     daemon::Daemon,
-    rig::{Rendered, check, guest, image, render},
+    fixture,
+    rig::{Rendered, call_ok, check, guest, image, render},
 };
 use serde_json::{Value, json};
 
 /// What `check` reads in the guest.
 const FILES: [&str; 4] = ["/etc/hosts", "/root/.ssh/authorized_keys", "/etc/ssh/ssh_host_ed25519_key", "/etc/ssh/ssh_host_ed25519_key.pub"];
 
-fn partitioned(fixture: &str) -> Value {
-    json!({"disk": {"layout": "gpt"}, "boot": {"cmdline": firmware_cmdline(fixture, &FILES)}})
+/// The platforms that QEMU stands for here; they choose the disk's layout.
+const PLATFORMS: &str = r#"
+[[platform]]
+name = "bios"
+hypervisor = "kvm"
+memory = "1 GiB"
+[[platform]]
+name = "uefi"
+hypervisor = "kvm"
+firmware = "uefi"
+memory = "1 GiB"
+[[platform]]
+name = "direct"
+hypervisor = "kvm"
+firmware = "direct"
+memory = "1 GiB"
+"#;
+
+fn bootable(fixture: &str) -> Value {
+    json!({"boot": {"cmdline": firmware_cmdline(fixture, &FILES)}})
+}
+
+/// What the guest does as its administrator would: arguments of its own, then update-grub. GRUB replays no journal, so it is written out as at a shutdown.
+fn update_grub(arguments: &str) -> String {
+    format!(
+        r#"export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+cat >/etc/default/grub.d/99-test.cfg <<'END-OF-DEFAULTS'
+GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {arguments}"
+GRUB_CMDLINE_LINUX_DEFAULT=""
+GRUB_TIMEOUT=0
+END-OF-DEFAULTS
+update-grub >/run/boot/update.log 2>&1
+echo "status $?" >>/run/boot/update.log
+sync
+mount -o remount,ro / && mount -o remount,rw /
+"#
+    )
+}
+
+#[test]
+fn a_menu_that_the_guests_own_update_grub_wrote_keeps_starting_the_disk() {
+    const FIXTURE: &str = "bookworm-signed-ifupdown";
+    const SEEN: [&str; 6] = [FILES[0], FILES[1], FILES[2], FILES[3], "/run/boot/update.log", "/boot/grub/grub.cfg"];
+    let daemon = Daemon::start("");
+    let image = image(&daemon, FIXTURE, &json!({"disk": {"layout": "gpt"}, "boot": {"cmdline": firmware_cmdline(FIXTURE, &SEEN)}}));
+    let rendered = render(&daemon, &image, "update-1", "RAW", &json!({}));
+    // Its own words, without those of the manifest: what starts it is the menu that it makes now.
+    let script = update_grub(&firmware_cmdline(FIXTURE, &FILES));
+    let first = guest(FIXTURE, rendered.qemu_args()).start(Start::Firmware(Firmware::Bios)).prelude(&script).boot();
+    let log = first.guest_text("/run/boot/update.log");
+    assert!(log.trim_end().ends_with("status 0"), "{log}");
+    let menu = first.guest_text("/boot/grub/grub.cfg");
+    assert!(menu.contains("### BEGIN /etc/grub.d/10_linux ###"), "{menu}");
+    let root = rendered.root()["filesystem"]["uuid"].as_str().expect("the mapping has the root's UUID").to_owned();
+    for firmware in [Firmware::Bios, Firmware::Uefi] {
+        let report = guest(FIXTURE, rendered.disk()).start(Start::Firmware(firmware)).boot();
+        check(&report, &rendered, "update-1");
+        assert!(
+            report.cmdline.starts_with("BOOT_IMAGE=/boot/vmlinuz-") && report.cmdline.contains(&format!("root=UUID={root}")),
+            "{}",
+            report.cmdline
+        );
+        assert!(report.cmdline.contains("console=tty0 console=ttyS0,115200 rw"), "our consoles, then the guest's words: {}", report.cmdline);
+    }
 }
 
 #[track_caller]
-fn starts_by(fixture: &str, rendered: &Rendered, instance: &str, start: Start) {
+fn starts_by(daemon: &Daemon, fixture: &str, rendered: &Rendered, instance: &str, start: Start) {
     let root = rendered.root()["filesystem"]["uuid"].as_str().expect("the mapping has the root's UUID").to_owned();
+    let cmdline;
     let mut guest = guest(fixture, rendered.disk()).start(start);
-    let cmdline = format!("root=UUID={root} rw");
+    let machine = call_ok(daemon, "VolumeService/GetMapping", &json!({"volume": {"pool": "default", "name": instance}, "platform": "direct"}));
+    let kernel = &machine["machine"]["kernel"];
     if start == Start::Full {
+        // The files that the daemon took out of the image, and the line that it gives with them but for what the harness adds itself.
+        assert_eq!(std::fs::read(kernel["kernel"].as_str().expect("a path")).ok(), std::fs::read(fixture::get(fixture).kernel).ok());
+        let line = kernel["cmdline"].as_str().expect("a command line");
+        let own = firmware_cmdline(fixture, &FILES);
+        cmdline = format!("{} rw", line.strip_suffix(&own).expect("the manifest's words come last").trim_end());
         guest = guest.cmdline(&cmdline);
     }
     let report = guest.boot();
@@ -33,11 +103,11 @@ fn starts_by(fixture: &str, rendered: &Rendered, instance: &str, start: Start) {
 
 #[track_caller]
 fn one_disk_starts_everywhere(fixture: &str, instance: &str) {
-    let daemon = Daemon::start("");
-    let image = image(&daemon, fixture, &partitioned(fixture));
-    let rendered = render(&daemon, &image, instance, "RAW", &json!({}));
+    let daemon = Daemon::start(PLATFORMS);
+    let image = image(&daemon, fixture, &bootable(fixture));
+    let rendered = render(&daemon, &image, instance, "RAW", &json!({"platforms": ["bios", "uefi", "direct"]}));
     for start in [Start::Firmware(Firmware::Bios), Start::Firmware(Firmware::Uefi), Start::Full] {
-        starts_by(fixture, &rendered, instance, start);
+        starts_by(&daemon, fixture, &rendered, instance, start);
     }
 }
 

@@ -123,6 +123,7 @@ pub struct Guest<'a> {
     start: Start,
     cmdline: &'a str,
     settle_seconds: u32,
+    prelude: &'a str,
 }
 
 impl<'a> Guest<'a> {
@@ -140,6 +141,7 @@ impl<'a> Guest<'a> {
             start: Start::Fast,
             cmdline: "",
             settle_seconds: 60,
+            prelude: "",
         }
     }
 
@@ -188,6 +190,12 @@ impl<'a> Guest<'a> {
     /// How long the guest's network tool may take before the report is made without it. Default 30.
     pub fn settle_seconds(mut self, seconds: u32) -> Self {
         self.settle_seconds = seconds;
+        self
+    }
+
+    /// Shell commands that the guest runs before it reports, as PID 1. For [`Start::Firmware`].
+    pub fn prelude(mut self, script: &'a str) -> Self {
+        self.prelude = script;
         self
     }
 
@@ -279,7 +287,7 @@ impl<'a> Guest<'a> {
         }
         if self.start != Start::Fast {
             let script = scratch.join("report.sh");
-            let mut text = if self.start == Start::Full { full_boot_script() } else { firmware_boot_script() };
+            let mut text = if self.start == Start::Full { full_boot_script() } else { firmware_boot_script(self.prelude) };
             // A block device has whole sectors; newlines are harmless to the shell that reads them.
             text.push_str(&"\n".repeat(text.len().next_multiple_of(4096) - text.len()));
             fs::write(&script, text).expect("write the report script");
@@ -319,7 +327,7 @@ fn add_firmware(qemu: &mut Command, firmware: Firmware, scratch: &Path) {
 }
 
 /// Prepares what the report needs and becomes it, as PID 1; powers off by the kernel, since there is no busybox.
-fn firmware_boot_script() -> String {
+fn firmware_boot_script(prelude: &str) -> String {
     let report = initramfs::report_script();
     format!(
         r#"mount -o remount,exec /run
@@ -329,6 +337,7 @@ chmod 0755 /run/boot/busybox
 cat >/run/boot/report.sh <<'END-OF-REPORT-SCRIPT'
 {report}
 END-OF-REPORT-SCRIPT
+{prelude}
 exec /bin/sh /run/boot/report.sh
 "#
     )

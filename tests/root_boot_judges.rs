@@ -1,0 +1,130 @@
+//! What other people's tools say about kernels, initrds and rendered disks: readelf, cpio, pygrub, sgdisk, sfdisk, fsck.fat, mtools. Needs root, those
+//! tools, the fixtures of `scripts/fixtures.sh` and grpcurl.
+
+mod common;
+
+use std::{fs, path::Path, process::Command};
+
+use cloudletd::boot::inspect::{initrd, kernel, unpack::Packing};
+use common::{
+    daemon::Daemon,
+    fixture,
+    rig::{image, render},
+};
+use serde_json::json;
+
+/// A shell command's output; it has to succeed unless `may_fail`.
+#[track_caller]
+fn shell(script: &str, file: &Path, may_fail: bool) -> Vec<u8> {
+    let output =
+        Command::new("bash").args(["-c", script, "judge"]).arg(file).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").output().expect("run bash");
+    assert!(may_fail || output.status.success(), "{script} {}: {}", file.display(), String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+/// As the kernel's scripts/extract-vmlinux does it: whatever unpacks to an ELF file behind a magic.
+#[track_caller]
+fn vmlinux(bytes: &[u8], packing: Packing, scratch: &Path) -> Vec<u8> {
+    let (magic, tool): (&[u8], &str) = match packing {
+        Packing::Lz4 => (&[0x02, 0x21, 0x4c, 0x18], "lz4 -dc <\"$1\""),
+        Packing::Zstd => (&[0x28, 0xb5, 0x2f, 0xfd], "zstd -dcq <\"$1\""),
+        Packing::Xz => (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz --single-stream -dcq <\"$1\""),
+        other => panic!("a fixture's kernel is compressed with {}", other.name()),
+    };
+    for at in bytes.windows(magic.len()).enumerate().filter(|(_, window)| *window == magic).map(|(at, _)| at) {
+        fs::write(scratch, &bytes[at..]).expect("write the payload");
+        let plain = shell(tool, scratch, true);
+        if plain.starts_with(b"\x7fELF") {
+            return plain;
+        }
+    }
+    panic!("no ELF file in the kernel");
+}
+
+#[test]
+fn the_pvh_entry_of_debians_kernels_is_the_one_that_readelf_shows() {
+    let scratch = tempfile::NamedTempFile::new().expect("a file");
+    for name in ["bookworm-ifupdown", "trixie-ifupdown"] {
+        let bytes = fs::read(fixture::get(name).kernel).expect("read the kernel");
+        let facts = kernel::read(&bytes).expect("a kernel");
+        assert_eq!((facts.machine.as_deref(), &facts.notes[..]), (Some("x86_64"), &[][..]), "{name}");
+        fs::write(scratch.path(), vmlinux(&bytes, facts.packing.expect("compressed"), scratch.path())).expect("write vmlinux");
+        let shown = String::from_utf8_lossy(&shell("readelf --notes --wide \"$1\"", scratch.path(), false)).into_owned();
+        let note = shown.lines().find(|line| line.contains("Xen") && line.contains("0x00000012")).unwrap_or_else(|| panic!("{name}: {shown}"));
+        let digits: Vec<u8> = note
+            .split("description data:")
+            .nth(1)
+            .expect("data")
+            .split_whitespace()
+            .rev()
+            .map(|byte| u8::from_str_radix(byte, 16).expect("a byte"))
+            .collect();
+        let address = digits.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        assert_eq!(facts.pvh_entry, Some(address), "{name}: {note}");
+        // binutils names types after another owner of notes: 1 is XEN_ELFNOTE_ENTRY.
+        assert_eq!(facts.xen_pv, Some(shown.lines().any(|line| line.contains("Xen") && line.contains("NT_VERSION"))), "{name}");
+    }
+}
+
+#[test]
+fn an_initrds_modules_are_those_that_cpio_lists() {
+    let scratch = tempfile::NamedTempFile::new().expect("a file");
+    for name in ["bookworm-ifupdown", "trixie-ifupdown"] {
+        let bytes = fs::read(fixture::get(name).initrd).expect("read the initrd");
+        let facts = initrd::read(&bytes).expect("an initrd");
+        let last = facts.archives.last().copied().flatten().expect("the main archive is compressed");
+        let (magic, tool): (&[u8], &str) = match last {
+            Packing::Gzip => (&[0x1f, 0x8b, 8], "gzip -dc <\"$1\" | cpio -t --quiet"),
+            Packing::Zstd => (&[0x28, 0xb5, 0x2f, 0xfd], "zstd -dcq <\"$1\" | cpio -t --quiet"),
+            other => panic!("a fixture's initrd is compressed with {}", other.name()),
+        };
+        let at = bytes.windows(magic.len()).position(|window| window == magic).expect("a magic");
+        fs::write(scratch.path(), &bytes[at..]).expect("write the archive");
+        let listed = String::from_utf8(shell(&format!("set -o pipefail; {tool}"), scratch.path(), false)).expect("names");
+        let mut modules: Vec<String> = listed.lines().filter_map(initrd::module_name).collect();
+        modules.sort_unstable();
+        modules.dedup();
+        assert!(modules.len() > 50, "{name}: {listed}");
+        assert_eq!(facts.modules, modules, "{name}");
+    }
+}
+
+#[test]
+fn pygrub_finds_the_kernel_on_a_bare_and_on_a_partitioned_disk() {
+    let daemon = Daemon::start("");
+    let release = fixture::get("bookworm-ifupdown").kernel_release();
+    for (instance, layout) in [("pygrub-1", "bare"), ("pygrub-2", "gpt")] {
+        let image = image(&daemon, "bookworm-ifupdown", &json!({"disk": {"layout": layout}, "filesystem": {"profile": "compat"}}));
+        let rendered = render(&daemon, &image, instance, "RAW", &json!({}));
+        let path = rendered.root()["volume"]["device"].as_str().expect("a path").to_owned();
+        let said =
+            String::from_utf8_lossy(&shell("/usr/lib/xen-*/bin/pygrub -q -n --output-format=simple \"$1\"", Path::new(&path), false)).into_owned();
+        assert!(said.contains(&format!("kernel /boot/vmlinuz-{release}")), "{layout}: {said}");
+        assert!(said.contains(&format!("ramdisk /boot/initrd.img-{release}")), "{layout}: {said}");
+        if layout == "gpt" {
+            judge_partitions(&rendered.answer, Path::new(&path));
+        }
+    }
+}
+
+#[track_caller]
+fn judge_partitions(answer: &serde_json::Value, disk: &Path) {
+    let verdict = String::from_utf8_lossy(&shell("sgdisk --verify \"$1\"", disk, false)).into_owned();
+    assert!(verdict.contains("No problems found"), "{verdict}");
+    shell("sfdisk --verify \"$1\"", disk, false);
+    let scratch = tempfile::NamedTempFile::new().expect("a file");
+    let esp = answer["mapping"]["devices"][0]["partitions"]
+        .as_array()
+        .expect("partitions")
+        .iter()
+        .find(|partition| partition["name"] == "esp")
+        .expect("an ESP");
+    let number = |key: &str| esp[key].as_str().and_then(|text| text.parse::<u64>().ok()).or_else(|| esp[key].as_u64()).expect("a number");
+    use std::os::unix::fs::FileExt;
+    let mut bytes = vec![0; number("sizeBytes") as usize];
+    fs::File::open(disk).expect("open").read_exact_at(&mut bytes, number("offsetBytes")).expect("read the ESP");
+    fs::write(scratch.path(), &bytes).expect("write the ESP");
+    shell("fsck.fat -n \"$1\"", scratch.path(), false);
+    let listed = String::from_utf8_lossy(&shell("mdir -b -/ -i \"$1\" ::", scratch.path(), false)).into_owned();
+    assert!(listed.contains("::/EFI/BOOT/BOOTX64.EFI"), "{listed}");
+}
