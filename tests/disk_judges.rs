@@ -95,6 +95,31 @@ fn judges_accept_patched_tables() {
 }
 
 #[test]
+fn judges_accept_hybrid_tables_and_see_the_root_in_both() {
+    let directory = tempfile::tempdir().expect("directory");
+    for (index, size) in [100 * MIB, 7 << 30, 2 << 40].into_iter().enumerate() {
+        let plan = |size, seed: u8| {
+            DiskPlan::new(Layout::Hybrid, size, types::root_of("amd64"), DiskIds::derived(Uuid::from_bytes([seed; 16]))).expect("valid")
+        };
+        let (path, golden) = image(directory.path(), &format!("disk{index}.img"), 80 * MIB);
+        plan(80 * MIB, 1).write_table(&golden).expect("written");
+        let patch = plan(size, 2).patch(&golden, BlockPatch::default()).expect("patched");
+        golden.file.set_len(patch.size_bytes()).expect("grown");
+        for (number, block) in patch.iter() {
+            golden.file.write_all_at(block, number * 4096).expect("applied");
+        }
+        let verdict = run("sgdisk", &["--verify"], &path);
+        assert!(verdict.contains("No problems found"), "{verdict}");
+        let shown = run("sgdisk", &["--print-mbr"], &path);
+        let root = plan(size, 2).root();
+        assert!(
+            shown.lines().any(|line| line.contains("0x83") && line.contains(&(root.offset / SECTOR).to_string()) && line.contains('*')),
+            "{shown}"
+        );
+    }
+}
+
+#[test]
 fn the_judge_would_notice_an_old_backup_table() {
     let directory = tempfile::tempdir().expect("directory");
     let (path, disk) = image(directory.path(), "disk.img", 100 * MIB);

@@ -201,6 +201,7 @@ pub fn golden_options(options: Option<proto::GoldenOptions>, field: &str) -> Res
             Ok(proto::DiskLayout::Unspecified) => None,
             Ok(proto::DiskLayout::Bare) => Some(Layout::Bare),
             Ok(proto::DiskLayout::Gpt) => Some(Layout::Gpt),
+            Ok(proto::DiskLayout::Hybrid) => Some(Layout::Hybrid),
             Err(_) => return Err(Error::field(Stage::Request, format!("{field}.layout"), format!("{} is not a layout", options.layout))),
         },
         size_bytes: (options.size_bytes > 0).then_some(options.size_bytes),

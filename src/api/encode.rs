@@ -44,6 +44,7 @@ pub fn layout(layout: Layout) -> proto::DiskLayout {
     match layout {
         Layout::Bare => proto::DiskLayout::Bare,
         Layout::Gpt => proto::DiskLayout::Gpt,
+        Layout::Hybrid => proto::DiskLayout::Hybrid,
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
         kernels::{self, Kernel},
         loaders::HostLoaders,
     },
-    disk::{DiskPlan, Layout, fat},
+    disk::{DiskPlan, fat},
     error::Result,
     ext4::read::Image,
     fs::{FsKind, Region},
@@ -46,7 +46,7 @@ pub fn prepare(
     identity: Uuid,
 ) -> Result<DiskBoot> {
     let mut boot = DiskBoot { kernels: kernels::find(facts, spec), ..DiskBoot::default() };
-    if plan.layout() == Layout::Bare {
+    if !plan.layout().is_partitioned() {
         return Ok(boot);
     }
     let has_kernel = !boot.kernels.is_empty();

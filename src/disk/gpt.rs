@@ -3,10 +3,12 @@
 //! `gptman` trusts the numbers of a header it reads (counts decide about allocations, positions about subtractions), and falls back to the
 //! backup header by itself; so the header is checked here before it is given to it, and an existing table must be exactly one of ours.
 
+use std::io::{self, Seek, SeekFrom, Write};
+
 use gptman::{GPT, GPTPartitionEntry};
 use uuid::Uuid;
 
-use super::{DiskPlan, SECTOR, image::DiskImage, image::read_full_at};
+use super::{DiskPlan, Layout, SECTOR, image::DiskImage, image::read_full_at};
 use crate::{
     error::{Error, Kind, Result, Stage},
     fs::{Region, patch::BlockPatch},
@@ -29,7 +31,7 @@ pub(super) fn create(plan: &DiskPlan, disk: &Region) -> Result<BlockPatch> {
     let mut image = DiskImage::new(disk, plan.size_bytes());
     let mut gpt = GPT::new_from(&mut image, SECTOR, plan.ids().disk.to_bytes_le()).map_err(|error| failed(Stage::Golden, "lay out", error))?;
     set(plan, &mut gpt);
-    write(&mut gpt, &mut image, Stage::Golden)?;
+    write(plan, &mut gpt, &mut image, Stage::Golden)?;
     image.into_patch().map_err(|error| Error::io(Stage::Golden, "disk", "read the disk for its partition table", error))
 }
 
@@ -50,7 +52,7 @@ pub(super) fn update(plan: &DiskPlan, golden: &Region) -> Result<BlockPatch> {
     gpt.header.disk_guid = plan.ids().disk.to_bytes_le();
     gpt.header.update_from(&mut image, SECTOR).map_err(|error| failed(Stage::Edit, "resize", error))?;
     set(plan, &mut gpt);
-    write(&mut gpt, &mut image, Stage::Edit)?;
+    write(plan, &mut gpt, &mut image, Stage::Edit)?;
     image.into_patch().map_err(read)
 }
 
@@ -69,10 +71,38 @@ fn set(plan: &DiskPlan, gpt: &mut GPT) {
     }
 }
 
-fn write(gpt: &mut GPT, image: &mut DiskImage<'_>, stage: Stage) -> Result<()> {
+fn write(plan: &DiskPlan, gpt: &mut GPT, image: &mut DiskImage<'_>, stage: Stage) -> Result<()> {
     gpt.write_into(image).map_err(|error| failed(stage, "write", error))?;
     // From byte 446 on: the boot code before it stays. The partition is not marked active, which some firmware takes for a reason to refuse UEFI.
-    GPT::write_protective_mbr_into(image, SECTOR).map_err(|error| failed(stage, "write", error))
+    GPT::write_protective_mbr_into(image, SECTOR).map_err(|error| failed(stage, "write", error))?;
+    if plan.layout() == Layout::Hybrid {
+        write_hybrid_mbr(plan, image).map_err(|error| Error::io(stage, "disk", "write the hybrid MBR", error))?;
+    }
+    Ok(())
+}
+
+/// Where the MBR's four entries of 16 bytes are.
+const MBR_ENTRIES_AT: u64 = 446;
+/// A cylinder, head and sector that say: count sectors.
+const CHS_TOO_FAR: [u8; 3] = [0xfe, 0xff, 0xff];
+
+/// Two entries in place of the one that protects all: what lies before the root (type 0xee, first, by which GPT is recognised), and the root, active.
+fn write_hybrid_mbr(plan: &DiskPlan, image: &mut DiskImage<'_>) -> io::Result<()> {
+    // A hybrid disk has at most 2^32 sectors.
+    let sectors = |bytes: u64| u32::try_from(bytes / SECTOR).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    let (start, len) = (sectors(plan.root().offset)?, sectors(plan.root().len)?);
+    let entry = |status: u8, kind: u8, start: u32, len: u32| {
+        let mut entry = [0; 16];
+        entry[0] = status;
+        entry[1..4].copy_from_slice(&CHS_TOO_FAR);
+        entry[4] = kind;
+        entry[5..8].copy_from_slice(&CHS_TOO_FAR);
+        entry[8..12].copy_from_slice(&start.to_le_bytes());
+        entry[12..].copy_from_slice(&len.to_le_bytes());
+        entry
+    };
+    image.seek(SeekFrom::Start(MBR_ENTRIES_AT))?;
+    image.write_all(&[entry(0, 0xee, 1, start - 1), entry(0x80, 0x83, start, len)].concat())
 }
 
 fn failed(stage: Stage, doing: &str, error: gptman::Error) -> Error {

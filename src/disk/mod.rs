@@ -6,6 +6,8 @@
 //!        0         1 MiB           2 MiB     66 MiB         end − 1 MiB     end
 //! ```
 //!
+//! A hybrid disk has in its MBR, besides what protects the table, the root as a partition of its own.
+//!
 //! The root is partition 1, as Debian's cloud images have it, and lies last so that it can grow: an instance with a larger disk gets the backup
 //! table at the new end and a longer root, and nothing else moves. Sectors have 512 bytes; every partition starts at a multiple of 1 MiB and
 //! has a length that is a multiple of 4096, so that the disk is as good on storage with 4 KiB sectors. All GUIDs are inputs, nothing here draws
@@ -58,7 +60,19 @@ pub enum Layout {
     Bare,
     /// GPT: BIOS boot partition, EFI system partition, root last so that it can grow.
     Gpt,
+    /// The same with the root, active, in the MBR too: for firmware that starts a disk only if its MBR has such a partition. At most 2 TiB.
+    Hybrid,
 }
+
+impl Layout {
+    /// Whether there is a partition table.
+    pub fn is_partitioned(self) -> bool {
+        self != Layout::Bare
+    }
+}
+
+/// Sectors that an MBR can count.
+const MBR_SECTORS_MAX: u64 = 1 << 32;
 
 /// The GUIDs of a disk with a partition table, in the byte order they are written in as text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -114,7 +128,10 @@ impl DiskPlan {
         if i64::try_from(size_bytes).is_err() {
             return refuse(format!("a file has at most {} bytes, the disk would have {size_bytes}", i64::MAX));
         }
-        if layout == Layout::Gpt {
+        if layout == Layout::Hybrid && size_bytes / SECTOR > MBR_SECTORS_MAX {
+            return refuse(format!("a hybrid MBR reaches {}, the disk has {}", Bytes(MBR_SECTORS_MAX * SECTOR), Bytes(size_bytes)));
+        }
+        if layout.is_partitioned() {
             let all = [ids.disk, ids.root, ids.esp, ids.bios_boot];
             if all.iter().any(Uuid::is_nil) || (1..all.len()).any(|i| all[..i].contains(&all[i])) {
                 return Err(Error::internal(Stage::Golden, "disk", "the GUIDs of a disk and its partitions have to be set and different"));
@@ -127,7 +144,7 @@ impl DiskPlan {
     pub fn overhead(layout: Layout) -> u64 {
         match layout {
             Layout::Bare => 0,
-            Layout::Gpt => GPT_ROOT_OFFSET + GPT_TAIL,
+            Layout::Gpt | Layout::Hybrid => GPT_ROOT_OFFSET + GPT_TAIL,
         }
     }
 
@@ -150,29 +167,29 @@ impl DiskPlan {
     pub fn root(&self) -> Extent {
         let offset = match self.layout {
             Layout::Bare => 0,
-            Layout::Gpt => GPT_ROOT_OFFSET,
+            Layout::Gpt | Layout::Hybrid => GPT_ROOT_OFFSET,
         };
         Extent { offset, len: self.size_bytes - Self::overhead(self.layout) }
     }
 
     /// Where the BIOS boot partition is, if there is one. The boot loader's image goes there as it is.
     pub fn bios_boot(&self) -> Option<Extent> {
-        (self.layout == Layout::Gpt).then_some(Extent { offset: ALIGNMENT, len: BIOS_BOOT_SIZE })
+        self.layout.is_partitioned().then_some(Extent { offset: ALIGNMENT, len: BIOS_BOOT_SIZE })
     }
 
     /// Where the EFI system partition is, if there is one. It reads as zeros until a boot loader's file system is put there.
     pub fn esp(&self) -> Option<Extent> {
-        (self.layout == Layout::Gpt).then_some(Extent { offset: ALIGNMENT + BIOS_BOOT_SIZE, len: ESP_SIZE })
+        self.layout.is_partitioned().then_some(Extent { offset: ALIGNMENT + BIOS_BOOT_SIZE, len: ESP_SIZE })
     }
 
     /// `gpt`, or nothing for a bare filesystem; as `mapping::Device::partition_table` has it.
     pub fn partition_table(&self) -> Option<&'static str> {
-        (self.layout == Layout::Gpt).then_some("gpt")
+        self.layout.is_partitioned().then_some("gpt")
     }
 
     /// The disk's GUID in text, if it has one; as `mapping::Device::disk_uuid` has it.
     pub fn disk_uuid(&self) -> Option<String> {
-        (self.layout == Layout::Gpt).then(|| self.ids.disk.hyphenated().to_string())
+        self.layout.is_partitioned().then(|| self.ids.disk.hyphenated().to_string())
     }
 
     /// The partitions in table order; none for a bare filesystem.
@@ -236,7 +253,7 @@ impl DiskPlan {
         }
         let mut patch = match self.layout {
             Layout::Bare => BlockPatch::new(self.size_bytes),
-            Layout::Gpt => gpt::update(self, golden)?,
+            Layout::Gpt | Layout::Hybrid => gpt::update(self, golden)?,
         };
         // After the table's blocks: where the old backup table was there may be data of the grown filesystem now.
         patch.merge_at(extent.offset, root);

@@ -126,6 +126,25 @@ fn smaller_disks_and_filesystems_beyond_the_end_are_refused() {
 }
 
 #[test]
+fn a_hybrid_disk_has_its_root_in_the_mbr_and_keeps_it_there_when_it_grows() {
+    let hybrid = |size, seed| DiskPlan::new(Layout::Hybrid, size, types::root_of("amd64"), ids(seed)).expect("valid");
+    let golden = disk(80 * MIB);
+    hybrid(80 * MIB, 1).write_table(&golden).expect("written");
+    let large = hybrid(160 * MIB, 2);
+    let grown = apply(&golden, &large.patch(&golden, BlockPatch::default()).expect("patched"));
+    for (disk, size) in [(&golden, 80 * MIB), (&grown, 160 * MIB)] {
+        let sector = bytes(&disk.file, 512);
+        let number = |at: usize| u64::from(u32::from_le_bytes(sector[at..at + 4].try_into().expect("four bytes")));
+        let root = hybrid(size, 1).root();
+        assert_eq!((sector[450], number(454), number(458)), (0xee, 1, root.offset / SECTOR - 1));
+        assert_eq!((sector[462], sector[466], number(470), number(474)), (0x80, 0x83, root.offset / SECTOR, root.len / SECTOR));
+        assert_eq!((&sector[478..510], &sector[510..]), (&[0; 32][..], &[0x55, 0xaa][..]));
+    }
+    assert!(DiskPlan::new(Layout::Hybrid, 2 << 40, types::LINUX_DATA, ids(1)).is_ok());
+    assert!(DiskPlan::new(Layout::Hybrid, (2 << 40) + 4096, types::LINUX_DATA, ids(1)).is_err());
+}
+
+#[test]
 fn a_bare_disk_is_its_filesystem() {
     let bare = DiskPlan::new(Layout::Bare, 8 * MIB, types::LINUX_DATA, ids(1)).expect("valid");
     assert_eq!((bare.root(), bare.describe().len(), bare.disk_uuid()), (Extent { offset: 0, len: 8 * MIB }, 0, None));

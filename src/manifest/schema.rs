@@ -155,7 +155,7 @@ fn disk() -> Value {
     object(
         "The disk that the root lies on; what is left out is decided by the host's configuration.",
         json!({
-            "layout": {"description": "bare: the disk is the filesystem. gpt: a partition table with what booting needs.", "enum": ["bare", "gpt"]},
+            "layout": {"description": "bare: the disk is the filesystem. gpt: a partition table with what booting needs. hybrid: the same with the root in the MBR too.", "enum": ["bare", "gpt", "hybrid"]},
             "size": {"$ref": "#/$defs/size", "description": "Size of the golden disk, a multiple of 1 MiB, at least 8 MiB. An instance's disk may be larger."},
             "bus": {"description": "How the disk is attached.", "enum": ["virtio", "scsi", "sata", "ide", "nvme", "xen"]}
         }),

@@ -466,7 +466,7 @@ pub fn default_profile(layout: Layout, loaders: &HostLoaders) -> crate::fs::Prof
     match layout {
         Layout::Bare => crate::fs::Profile::Modern,
         // The disk is started by this GRUB, which said that it can read it.
-        Layout::Gpt if loaders.reads_checksum_seed => crate::fs::Profile::Modern,
-        Layout::Gpt => crate::fs::Profile::Grub206,
+        Layout::Gpt | Layout::Hybrid if loaders.reads_checksum_seed => crate::fs::Profile::Modern,
+        Layout::Gpt | Layout::Hybrid => crate::fs::Profile::Grub206,
     }
 }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::{
     boot::{self, edits::BootEdits, platform::Platform},
     config::PlatformConfig,
-    disk::{DiskIds, Layout},
+    disk::DiskIds,
     error::{Error, Result, Stage},
     fs::{
         FsKind, Profile,
@@ -141,7 +141,7 @@ fn boot_edits(resolved: &Resolved, golden: &LoadedGolden, root_uuid: Uuid, disk:
         spec: resolved.image.manifest.boot(),
         layout: spec.layout,
         root_uuid,
-        root_partition: (spec.layout == Layout::Gpt).then(|| DiskIds::derived(disk).root),
+        root_partition: spec.layout.is_partitioned().then(|| DiskIds::derived(disk).root),
         arch: &spec.arch,
         platforms: &platforms,
     };

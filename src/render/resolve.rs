@@ -189,7 +189,7 @@ impl Engine {
         let arch = manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned();
         let loaders = match layout {
             Layout::Bare => Arc::default(),
-            Layout::Gpt => HostLoaders::of_host(&arch, &self.store.tmp())?,
+            Layout::Gpt | Layout::Hybrid => HostLoaders::of_host(&arch, &self.store.tmp())?,
         };
         let profile = options.profile.or(manifest.profile()).or(wanted.profile).unwrap_or_else(|| golden::default_profile(layout, &loaders));
         let size = options.size_bytes.or(manifest.disk_size()).unwrap_or(defaults.size.0);

@@ -164,7 +164,7 @@ pub fn check(question: &Question<'_>) -> Result<BootPlan, Refusals> {
         return Err(Refusals(found.refusals));
     }
     check_arch(question, &mut found);
-    if matches!(platform.firmware, Firmware::Bios | Firmware::Uefi) && question.layout == Layout::Bare {
+    if matches!(platform.firmware, Firmware::Bios | Firmware::Uefi) && !question.layout.is_partitioned() {
         let text = format!("{} starts from a disk with a partition table, this is a bare filesystem", platform.firmware.name());
         found.refuse("LAYOUT_FIRMWARE", text, "render with the layout gpt, or on a platform that starts kernels directly");
     }
@@ -298,7 +298,7 @@ fn meets(offered: &KernelSpec, wanted: &KernelSpec) -> bool {
 fn check_firmware(question: &Question<'_>, found: &mut Findings) {
     let (Some(Built { boot, .. }), platform) = (question.built, question.platform) else { return };
     // That a bare filesystem has no boot loader has been said.
-    if question.layout == Layout::Bare {
+    if !question.layout.is_partitioned() {
         return;
     }
     let why = || boot.notes.join("; ");

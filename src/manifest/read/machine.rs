@@ -50,7 +50,7 @@ pub fn disk(problems: &mut Fields, given: Option<&Value>) -> DiskSpec {
     let Some(given) = given.and_then(|given| problems.object(given, field, &["layout", "size", "bus"])) else { return DiskSpec::default() };
     let buses = [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Ide, Bus::Nvme, Bus::Xen];
     DiskSpec {
-        layout: problems.choice(given, field, "layout", &[("bare", Layout::Bare), ("gpt", Layout::Gpt)]),
+        layout: problems.choice(given, field, "layout", &[("bare", Layout::Bare), ("gpt", Layout::Gpt), ("hybrid", Layout::Hybrid)]),
         size: problems.size(given, field, "size", 8 * DISK_UNIT, DISK_UNIT),
         bus: problems.choice(given, field, "bus", &buses.map(|bus| (bus.name(), bus))),
     }
