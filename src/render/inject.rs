@@ -6,7 +6,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{
-    boot::{self, edits::BootEdits, platform::Platform},
+    boot::{self, edits::BootEdits, esp::EfiProgram, platform::Platform},
     config::PlatformConfig,
     disk::DiskIds,
     error::{Error, Result, Stage},
@@ -25,7 +25,7 @@ use crate::{
     },
     manifest::apply,
     mapping::GuestIdentity,
-    names::InstanceName,
+    names::{GuestPath, InstanceName},
     render::{
         golden::{GoldenIds, LoadedGolden},
         resolve::{Resolved, ResolvedRender},
@@ -71,11 +71,7 @@ pub fn inject(
     let context = apply::context(config, &render.args, &image);
     let mut edits = apply::template_edits(&resolved.image.manifest, &golden.facts, &context)?;
     let claimed: BTreeSet<String> = resolved.image.manifest.templates().iter().map(ToString::to_string).collect();
-    if let Some(line) = esp_mount(golden, identity.disk_guid)
-        && !mounts.lines.iter().any(|other| other.target == line.target)
-    {
-        mounts.lines.push(line);
-    }
+    mount_esp(golden, identity.disk_guid, &mut mounts);
     let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem, mounts };
     let secret_args = render.args.keys().filter(|name| resolved.image.manifest.is_secret_arg(name)).cloned().collect();
     // What is recorded in the guest are the args as they were used, defaults included.
@@ -117,19 +113,29 @@ pub fn inject(
     Ok(Injected { request, report, identity: guest_identity, filesystem_uuid, disk_identity: identity.disk_guid })
 }
 
-/// Where the guest's own tools find the EFI system partition, for an image that has a place for it. By the partition's GUID, which is this instance's; the
-/// volume's serial number is the golden's. A guest whose kernel has no vfat starts without it.
-fn esp_mount(golden: &LoadedGolden, disk: Uuid) -> Option<MountLine> {
+/// Where the guest's own tools find the EFI system partition: in an image that has a place for it, or boot loaders of its own to update there. By the
+/// partition's GUID, which is this instance's; the volume's serial number is the golden's. A guest whose kernel has no vfat starts without it.
+fn mount_esp(golden: &LoadedGolden, disk: Uuid, mounts: &mut Mounts) {
     const PLACE: &str = "/boot/efi";
-    golden.boot.efi.as_ref()?;
-    let (place, node) = golden.facts.resolve(PLACE)?;
-    (place == PLACE && node.kind == NodeKind::Directory).then(|| MountLine {
+    let Some(program) = &golden.boot.efi else { return };
+    if mounts.lines.iter().any(|line| line.target == PLACE) {
+        return;
+    }
+    match golden.facts.resolve(PLACE) {
+        Some((path, node)) if path == PLACE && node.kind == NodeKind::Directory => {}
+        None if matches!(program, EfiProgram::ImageShim { .. }) => match GuestPath::new(PLACE) {
+            Ok(path) => mounts.directories.push(path),
+            Err(_) => return,
+        },
+        Some(_) | None => return,
+    }
+    mounts.lines.push(MountLine {
         source: format!("PARTUUID={}", DiskIds::derived(disk).esp),
         target: PLACE.to_owned(),
         kind: "vfat".to_owned(),
         options: "umask=0077,nofail".to_owned(),
         pass: 0,
-    })
+    });
 }
 
 /// What makes the disk of this instance boot. What something else writes already is left to it.
