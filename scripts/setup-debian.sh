@@ -19,6 +19,8 @@ readonly TEST=(
     unshare:util-linux setfattr:attr setfacl:acl setcap:libcap2-bin python3:python3-minimal /usr/lib/python3/dist-packages:python3
     qemu-img:qemu-utils ssh-keygen:openssh-client dropbearkey:dropbear-bin visudo:sudo file:file
     matchpathcon:selinux-utils semodule:policycoreutils
+    # Signatures.
+    gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent
     # scripts/fuzz.sh: libFuzzer is C++.
     c++:g++
     # Guests: emulator and a busybox without libraries.

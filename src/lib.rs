@@ -58,5 +58,6 @@ pub mod store;
 pub mod target;
 pub mod telemetry;
 pub mod tree;
+pub mod trust;
 pub mod units;
 pub mod volume;
