@@ -1,11 +1,18 @@
 //! The configuration file: TOML, every key with a default and a unit, unknown keys refused, everything cross-checked before a socket is bound.
 
+mod access;
+mod fetch;
 mod kernels;
+mod listen;
 
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
 };
+
+pub use access::{Access, Fingerprint, OWNER_LEN_MAX, Role};
+pub use fetch::{Fetch, Mirror};
+pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls};
 
 use serde::Deserialize;
 
@@ -25,8 +32,6 @@ pub use kernels::KernelConfig;
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/cloudletd";
 /// Where the daemon listens when neither file nor flag says.
 pub const SOCKET_DEFAULT: &str = "/run/cloudletd/cloudletd.sock";
-/// What `listen.tcp_without_tls` has to say, word for word.
-pub const TCP_WITHOUT_TLS_CONSENT: &str = "anybody who reaches this port controls this host";
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -36,6 +41,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Sockets.
     pub listen: Listen,
+    /// Who may do what. Default: whoever `listen` lets in may do everything.
+    pub access: Vec<Access>,
     /// Pools that volumes live in. Default: one directory pool named `default` in `STATE_DIR/volumes`.
     #[serde(rename = "pool")]
     pub pools: Vec<PoolConfig>,
@@ -157,36 +164,6 @@ impl Default for Uefi {
     }
 }
 
-/// Sockets and who may call.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Listen {
-    /// Path of the unix socket; absolute.
-    pub unix: PathBuf,
-    /// Users that may call on the unix socket. Root always may.
-    pub allow_uids: BTreeSet<u32>,
-    /// Groups that may call on the unix socket: the caller's own, or one that the host's user database puts the caller in.
-    pub allow_gids: BTreeSet<u32>,
-    /// Address and port to listen on besides, e.g. `127.0.0.1:7443`. Default: none.
-    pub tcp: Option<std::net::SocketAddr>,
-    /// Certificates for `tcp`.
-    pub tls: Option<Tls>,
-    /// Consent to `tcp` without `tls`; has to be the sentence of the documentation.
-    pub tcp_without_tls: Option<String>,
-}
-
-/// Mutual TLS.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Tls {
-    /// PEM file with the server's certificate chain.
-    pub certificate: PathBuf,
-    /// PEM file with its key.
-    pub key: PathBuf,
-    /// PEM file with the authorities whose clients may call.
-    pub client_ca: PathBuf,
-}
-
 /// A pool as it is configured.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
@@ -207,41 +184,6 @@ pub enum PoolConfig {
         /// Shell-style patterns of the names that may be written. At least one.
         allow: Vec<String>,
     },
-}
-
-/// Fetching root filesystems.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Fetch {
-    /// Directories that `file://` URLs may name files below. Default: none.
-    pub file_roots: Vec<PathBuf>,
-    /// URL schemes that may be used, besides file.
-    pub schemes: BTreeSet<String>,
-    /// Hosts that may be asked (exact names, or `*.example.com`). Default: every host.
-    pub allow_hosts: Vec<String>,
-    /// Whether loopback, link-local and private addresses may be asked.
-    pub allow_private_addresses: bool,
-    /// Largest tarball, bytes as transferred.
-    pub max_size: Bytes,
-    /// Seconds without a byte before a transfer counts as stalled.
-    pub idle_timeout_secs: u64,
-    /// Seconds for the whole transfer, retries included.
-    pub total_timeout_secs: u64,
-    /// Attempts per transfer.
-    pub attempts: u32,
-    /// Mirrors: URLs with this prefix are fetched from these instead, in order.
-    #[serde(rename = "mirror")]
-    pub mirrors: Vec<Mirror>,
-}
-
-/// A rewrite rule.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Mirror {
-    /// URL prefix that is replaced.
-    pub prefix: String,
-    /// What it is replaced with, tried in order.
-    pub replace: Vec<String>,
 }
 
 /// Defaults of golden images.
@@ -313,6 +255,7 @@ impl Default for Config {
         Config {
             state_dir: STATE_DIR_DEFAULT.into(),
             listen: Listen::default(),
+            access: Vec::new(),
             pools: Vec::new(),
             fetch: Fetch::default(),
             golden: Golden::default(),
@@ -320,28 +263,6 @@ impl Default for Config {
             platforms: Vec::new(),
             kernels: Vec::new(),
             uefi: Uefi::default(),
-        }
-    }
-}
-
-impl Default for Listen {
-    fn default() -> Self {
-        Listen { unix: SOCKET_DEFAULT.into(), allow_uids: BTreeSet::new(), allow_gids: BTreeSet::new(), tcp: None, tls: None, tcp_without_tls: None }
-    }
-}
-
-impl Default for Fetch {
-    fn default() -> Self {
-        Fetch {
-            file_roots: Vec::new(),
-            schemes: ["http", "https"].map(String::from).into(),
-            allow_hosts: Vec::new(),
-            allow_private_addresses: false,
-            max_size: Bytes(16 * GIB),
-            idle_timeout_secs: 30,
-            total_timeout_secs: 3600,
-            attempts: 5,
-            mirrors: Vec::new(),
         }
     }
 }
@@ -395,12 +316,8 @@ impl Config {
         if !self.state_dir.is_absolute() {
             return wrong("state_dir", format!("{:?} is not an absolute path", self.state_dir));
         }
-        if !self.listen.unix.is_absolute() {
-            return wrong("listen.unix", format!("{:?} is not an absolute path", self.listen.unix));
-        }
-        if self.listen.tcp.is_some() && self.listen.tls.is_none() && self.listen.tcp_without_tls.as_deref() != Some(TCP_WITHOUT_TLS_CONSENT) {
-            return wrong("listen.tcp", format!("needs listen.tls, or listen.tcp_without_tls = {TCP_WITHOUT_TLS_CONSENT:?}"));
-        }
+        self.listen.check()?;
+        self.fetch.check()?;
         let mut names = BTreeSet::new();
         for (index, pool) in self.pools.iter().enumerate() {
             let (name, path) = match pool {
@@ -419,10 +336,8 @@ impl Config {
                 return wrong(&format!("pool[{index}].path"), format!("{path:?} is not an absolute path"));
             }
         }
-        for (index, root) in self.fetch.file_roots.iter().enumerate() {
-            if !root.is_absolute() {
-                return wrong(&format!("fetch.file_roots[{index}]"), format!("{root:?} is not an absolute path"));
-            }
+        for (index, entry) in self.access.iter().enumerate() {
+            entry.check(index, &names)?;
         }
         if self.golden.size.0 < 16 * MIB || self.golden.size > self.golden.max_size {
             return wrong("golden.size", format!("{} is not between 16 MiB and golden.max_size ({})", self.golden.size, self.golden.max_size));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    api::encode,
+    api::{authorise::Caller, encode},
     error::{Result, Stage},
     fs::FsKind,
     host::info::{Hypervisor, space},
@@ -48,13 +48,16 @@ fn pool_info(pool: &Pool) -> proto::PoolInfo {
 
 #[tonic::async_trait]
 impl HostService for Hosts {
-    async fn list_platforms(&self, _request: Request<proto::ListPlatformsRequest>) -> Result<Response<proto::ListPlatformsResponse>, Status> {
-        let mut platforms: Vec<_> = self.0.config.platforms.iter().map(encode::platform).collect();
+    async fn list_platforms(&self, request: Request<proto::ListPlatformsRequest>) -> Result<Response<proto::ListPlatformsResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let platforms = self.0.config.platforms.iter().filter(|platform| caller.may_use_platform(platform.name.as_str()));
+        let mut platforms: Vec<_> = platforms.map(encode::platform).collect();
         platforms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Response::new(proto::ListPlatformsResponse { platforms }))
     }
 
-    async fn get_host_info(&self, _request: Request<proto::GetHostInfoRequest>) -> Result<Response<proto::GetHostInfoResponse>, Status> {
+    async fn get_host_info(&self, request: Request<proto::GetHostInfoRequest>) -> Result<Response<proto::GetHostInfoResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let engine = Arc::clone(&self.0);
         let response = blocking(Stage::Host, move || {
             let host = engine.host_info()?;
@@ -70,7 +73,7 @@ impl HostService for Hosts {
                 },
                 kernel: host.kernel.clone(),
                 arch: host.arch.clone(),
-                pools: engine.pools.values().map(pool_info).collect(),
+                pools: engine.pools.values().filter(|pool| caller.sees(Some(pool.name.as_str()))).map(pool_info).collect(),
                 tools: host
                     .tools
                     .iter()

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    api::{Page, encode},
+    api::{Page, authorise::Caller, encode},
     error::{Error, Kind, Result, Stage},
     manifest::Manifest,
     names::Digest,
@@ -21,6 +21,13 @@ fn no_image(id: &str) -> Error {
     Error::new(Kind::NotFound, Stage::Resolve, id, "there is no such image")
         .with_reason("IMAGE_NOT_FOUND")
         .with_violation("image_id", "is not catalogued")
+}
+
+/// Whether the caller may take a root filesystem from where the request or its manifest says. What is wrong with them is found later.
+fn check_source(caller: &Caller, request: &proto::CreateImageRequest) -> Result<()> {
+    let manifest = Manifest::parse(request.manifest_json.as_bytes()).ok();
+    let url = manifest.as_ref().and_then(|manifest| manifest.rootfs()).and_then(|rootfs| rootfs.url.as_deref());
+    [url, Some(request.rootfs_url.as_str())].into_iter().flatten().filter(|url| !url.is_empty()).try_for_each(|url| caller.check_image_url(url))
 }
 
 impl Images {
@@ -57,9 +64,11 @@ impl Images {
 #[tonic::async_trait]
 impl ImageService for Images {
     async fn create_image(&self, request: Request<proto::CreateImageRequest>) -> Result<Response<proto::CreateImageResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let images = Images(Arc::clone(&self.0));
         let response = blocking(Stage::Resolve, move || {
+            check_source(&caller, &request)?;
             let (record, created) = images.0.create_image(&request.manifest_json, &request.rootfs_digest, &request.rootfs_url)?;
             tracing::info!(image = %record.id, created, "image catalogued");
             Ok(proto::CreateImageResponse { image: Some(images.encode(record)?), created })

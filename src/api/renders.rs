@@ -6,12 +6,16 @@ use futures_util::Stream;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    api::{Page, decode, encode},
+    api::{Page, authorise::Caller, decode, encode},
+    config::Role,
     error::{Error, Kind, Result, Stage},
     names::Digest,
     proto::{self, render_service_server::RenderService},
-    render::{Engine, blocking},
-    spec::{GoldenOptions, JobSpec},
+    render::{
+        Engine, blocking,
+        jobs::{Snapshot, no_render},
+    },
+    spec::{GoldenOptions, JobSpec, RenderSpec},
     store::records::RenderState,
 };
 
@@ -21,10 +25,30 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 /// The service over the engine.
 pub struct Renders(pub Arc<Engine>);
 
+/// Whether the caller may make volumes in every pool of a spec.
+fn check_pools(caller: &Caller, spec: &RenderSpec) -> Result<()> {
+    caller.check_pool(&spec.pool, Role::Render, "spec.volume.pool")?;
+    for (index, device) in spec.devices.iter().enumerate() {
+        if let Some(pool) = &device.pool {
+            caller.check_pool(pool, Role::Render, &format!("spec.devices[{index}].volume.pool"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A render that the caller may see; any other is not there.
+fn visible(engine: &Engine, caller: &Caller, id: &str) -> Result<Snapshot> {
+    let snapshot = engine.render(id)?;
+    let pool = snapshot.record.volume.as_ref().map(|(pool, _)| pool.as_str());
+    if caller.sees(pool) { Ok(snapshot) } else { Err(no_render(id)) }
+}
+
 #[tonic::async_trait]
 impl RenderService for Renders {
     async fn plan_render(&self, request: Request<proto::PlanRenderRequest>) -> Result<Response<proto::PlanRenderResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let spec = decode::render_spec(request.into_inner().spec)?;
+        check_pools(&caller, &spec)?;
         let plan = self.0.plan(spec).await?;
         Ok(Response::new(proto::PlanRenderResponse {
             golden_key: plan.golden_key.map(|key| key.hex()).unwrap_or_default(),
@@ -44,9 +68,11 @@ impl RenderService for Renders {
     }
 
     async fn start_render(&self, request: Request<proto::StartRenderRequest>) -> Result<Response<proto::StartRenderResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let key = request.idempotency_key.parse().map_err(|why: String| Error::field(Stage::Request, "idempotency_key", why))?;
         let spec = decode::render_spec(request.spec)?;
+        check_pools(&caller, &spec)?;
         let started = self.0.start(JobSpec::Render { key, spec: Box::new(spec) }).await?;
         Ok(Response::new(proto::StartRenderResponse { created: started.created, render: Some(encode::render(started.snapshot)) }))
     }
@@ -54,9 +80,10 @@ impl RenderService for Renders {
     type WatchRenderStream = Pin<Box<dyn Stream<Item = Result<proto::WatchRenderResponse, Status>> + Send>>;
 
     async fn watch_render(&self, request: Request<proto::WatchRenderRequest>) -> Result<Response<Self::WatchRenderStream>, Status> {
+        let caller = Caller::of(&request)?;
         let id = request.into_inner().render_id;
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
-        let first = self.0.render(&id)?;
+        let first = visible(&self.0, &caller, &id)?;
         let engine = Arc::clone(&self.0);
         tokio::spawn(async move {
             let mut snapshot = first;
@@ -86,11 +113,13 @@ impl RenderService for Renders {
     }
 
     async fn get_render(&self, request: Request<proto::GetRenderRequest>) -> Result<Response<proto::GetRenderResponse>, Status> {
-        let snapshot = self.0.render(&request.into_inner().render_id)?;
+        let caller = Caller::of(&request)?;
+        let snapshot = visible(&self.0, &caller, &request.into_inner().render_id)?;
         Ok(Response::new(proto::GetRenderResponse { render: Some(encode::render(snapshot)) }))
     }
 
     async fn list_renders(&self, request: Request<proto::ListRendersRequest>) -> Result<Response<proto::ListRendersResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let page = Page::new(request.page_size, &request.page_token)?;
         let state = match request.state() {
@@ -101,13 +130,19 @@ impl RenderService for Renders {
             proto::RenderState::Failed => Some(RenderState::Failed),
             proto::RenderState::Cancelled => Some(RenderState::Cancelled),
         };
-        let (renders, next_page_token) = page.cut(self.0.renders(state, page.limit(), page.offset)?);
+        let (renders, next_page_token) = page.cut(self.0.renders(caller.pools().as_deref(), state, page.limit(), page.offset)?);
         let renders = renders.into_iter().map(encode::render).collect();
         Ok(Response::new(proto::ListRendersResponse { renders, next_page_token }))
     }
 
     async fn cancel_render(&self, request: Request<proto::CancelRenderRequest>) -> Result<Response<proto::CancelRenderResponse>, Status> {
-        let snapshot = self.0.cancel(&request.into_inner().render_id)?;
+        let caller = Caller::of(&request)?;
+        let id = request.into_inner().render_id;
+        if let Some((pool, _)) = visible(&self.0, &caller, &id)?.record.volume {
+            let pool = pool.parse().map_err(|why: String| Error::internal(Stage::Request, &id, why))?;
+            caller.check_pool(&pool, Role::Render, "render_id")?;
+        }
+        let snapshot = self.0.cancel(&id)?;
         Ok(Response::new(proto::CancelRenderResponse { render: Some(encode::render(snapshot)) }))
     }
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    api::{Page, decode, encode},
+    api::{Page, authorise::Caller, decode, encode},
+    config::Role,
     error::{Error, Kind, Result, Stage},
     fs::edit::Edit,
-    mapping::{self, Bus},
+    mapping::{self, Bus, Role as DeviceRole},
     names::{PoolName, VolumeName},
     proto::{self, volume_service_server::VolumeService},
     render::{Engine, blocking, reconfigure::Reconfigure},
@@ -38,26 +39,40 @@ fn bus_of(text: &str) -> Result<Bus> {
 #[tonic::async_trait]
 impl VolumeService for Volumes {
     async fn list_volumes(&self, request: Request<proto::ListVolumesRequest>) -> Result<Response<proto::ListVolumesResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let page = Page::new(request.page_size, &request.page_token)?;
-        let pool = (!request.pool.is_empty()).then_some(request.pool.as_str());
-        if let Some(pool) = pool {
-            self.0.pool(&pool.parse().map_err(|why: String| Error::field(Stage::Request, "pool", why))?)?;
-        }
-        let (records, next_page_token) = page.cut(self.0.store.catalog.volumes(pool, page.limit(), page.offset)?);
+        let pools = if request.pool.is_empty() {
+            caller.pools()
+        } else {
+            let pool: PoolName = request.pool.parse().map_err(|why: String| Error::field(Stage::Request, "pool", why))?;
+            caller.check_pool(&pool, Role::Read, "pool")?;
+            self.0.pool(&pool)?;
+            Some(vec![request.pool.as_str()])
+        };
+        let (records, next_page_token) = page.cut(self.0.store.catalog.volumes(pools.as_deref(), page.limit(), page.offset)?);
         let volumes = records.iter().map(encode::volume).collect();
         Ok(Response::new(proto::ListVolumesResponse { volumes, next_page_token }))
     }
 
     async fn get_mapping(&self, request: Request<proto::GetMappingRequest>) -> Result<Response<proto::GetMappingResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        if !request.platform.is_empty() && !caller.may_use_platform(&request.platform) {
+            let denied = Error::new(Kind::PermissionDenied, Stage::Request, request.platform, "the caller may not use this platform");
+            return Err(denied.with_reason("PLATFORM_NOT_ALLOWED").with_violation("platform", "is not allowed").into());
+        }
         let platform = if request.platform.is_empty() { None } else { Some(self.0.platform(&request.platform)?) };
         let catalog = &self.0.store.catalog;
         let (found, what) = match (request.volume, request.render_id.as_str()) {
             (Some(_), id) if !id.is_empty() => return Err(Error::field(Stage::Request, "render_id", "is exclusive with volume").into()),
-            (None, id) if !id.is_empty() => (catalog.volume_of_render(id)?, id.to_owned()),
+            (None, id) if !id.is_empty() => {
+                let found = catalog.volume_of_render(id)?.filter(|record| caller.sees(Some(record.volume.pool.as_str())));
+                (found, id.to_owned())
+            }
             (volume, _) => {
                 let (pool, name) = names(volume)?;
+                caller.check_pool(&pool, Role::Read, "volume.pool")?;
                 (catalog.volume(pool.as_str(), name.as_str())?, format!("{pool}/{name}"))
             }
         };
@@ -91,10 +106,21 @@ impl VolumeService for Volumes {
     }
 
     async fn delete_volume(&self, request: Request<proto::DeleteVolumeRequest>) -> Result<Response<proto::DeleteVolumeResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let (pool, name) = names(request.volume)?;
+        caller.check_pool(&pool, Role::Render, "volume.pool")?;
         let engine = Arc::clone(&self.0);
-        let deleted = blocking(Stage::Target, move || engine.delete_volume(&pool, &name, request.delete_data)).await?;
+        let deleted = blocking(Stage::Target, move || {
+            // What goes with a root may lie in other pools.
+            for attached in engine.store.catalog.volumes_of_root(pool.as_str(), name.as_str())? {
+                if attached.role != DeviceRole::Data || request.delete_data {
+                    caller.check_pool(&attached.volume.pool, Role::Render, "volume")?;
+                }
+            }
+            engine.delete_volume(&pool, &name, request.delete_data)
+        })
+        .await?;
         Ok(Response::new(proto::DeleteVolumeResponse { deleted }))
     }
 
@@ -102,8 +128,10 @@ impl VolumeService for Volumes {
         &self,
         request: Request<proto::ReconfigureVolumeRequest>,
     ) -> Result<Response<proto::ReconfigureVolumeResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let (pool, name) = names(request.volume)?;
+        caller.check_pool(&pool, Role::Render, "volume.pool")?;
         let wanted = Reconfigure {
             pool,
             name,

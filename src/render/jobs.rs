@@ -136,9 +136,9 @@ impl Engine {
         Ok(Snapshot { record, reading: None })
     }
 
-    /// Renders, newest first.
-    pub fn renders(&self, state: Option<RenderState>, limit: u32, offset: u64) -> Result<Vec<Snapshot>> {
-        let records = self.store.catalog.renders(state, limit, offset)?;
+    /// Renders, newest first; of these pools and of none, when some are given.
+    pub fn renders(&self, pools: Option<&[&str]>, state: Option<RenderState>, limit: u32, offset: u64) -> Result<Vec<Snapshot>> {
+        let records = self.store.catalog.renders(pools, state, limit, offset)?;
         Ok(records.into_iter().map(|record| self.live(record)).collect())
     }
 
@@ -305,7 +305,8 @@ impl Drop for Reservation {
     }
 }
 
-fn no_render(id: &str) -> Error {
+/// There is none of this id, as far as the caller may know.
+pub(crate) fn no_render(id: &str) -> Error {
     Error::new(Kind::NotFound, Stage::Request, id, "there is no such render").with_reason("RENDER_NOT_FOUND")
 }
 

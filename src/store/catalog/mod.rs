@@ -320,13 +320,14 @@ impl Catalog {
         })
     }
 
-    /// Renders, newest first, of one state or all.
-    pub fn renders(&self, state: Option<RenderState>, limit: u32, offset: u64) -> Result<Vec<RenderRecord>> {
+    /// Renders, newest first, of one state or all; of these pools and of none, when some are given.
+    pub fn renders(&self, pools: Option<&[&str]>, state: Option<RenderState>, limit: u32, offset: u64) -> Result<Vec<RenderRecord>> {
         self.read(|connection| {
             all(
                 connection,
-                "SELECT * FROM renders WHERE ?1 IS NULL OR state=?1 ORDER BY created_ms DESC, id LIMIT ?2 OFFSET ?3",
-                params![state.map(RenderState::name), limit, offset as i64],
+                "SELECT * FROM renders WHERE (?1 IS NULL OR state=?1) AND (?4 IS NULL OR pool IS NULL OR pool IN (SELECT value FROM json_each(?4)))
+                 ORDER BY created_ms DESC, id LIMIT ?2 OFFSET ?3",
+                params![state.map(RenderState::name), limit, offset as i64, pools.map(|pools| json(&pools)).transpose()?],
                 render_of,
             )
         })

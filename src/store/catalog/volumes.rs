@@ -89,13 +89,14 @@ impl Catalog {
         })
     }
 
-    /// Volumes, newest first, of one pool or all.
-    pub fn volumes(&self, pool: Option<&str>, limit: u32, offset: u64) -> Result<Vec<VolumeRecord>> {
+    /// Volumes, newest first; of these pools, when some are given.
+    pub fn volumes(&self, pools: Option<&[&str]>, limit: u32, offset: u64) -> Result<Vec<VolumeRecord>> {
         self.read(|connection| {
             all(
                 connection,
-                "SELECT * FROM volumes WHERE ?1 IS NULL OR pool=?1 ORDER BY created DESC, pool, name LIMIT ?2 OFFSET ?3",
-                params![pool, limit, offset as i64],
+                "SELECT * FROM volumes WHERE ?1 IS NULL OR pool IN (SELECT value FROM json_each(?1))
+                 ORDER BY created DESC, pool, name LIMIT ?2 OFFSET ?3",
+                params![pools.map(|pools| json(&pools)).transpose()?, limit, offset as i64],
                 volume_of,
             )
         })

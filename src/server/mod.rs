@@ -1,5 +1,8 @@
 //! Listeners: a unix socket with peer credentials (its own, or one passed by systemd), TCP with mutual TLS; health, reflection, and drain on SIGTERM.
 
+pub mod accept;
+pub mod tls;
+
 use std::{
     fs,
     os::unix::{fs::FileTypeExt, fs::PermissionsExt, net::UnixListener as StdUnixListener},
@@ -13,22 +16,26 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-use tonic::{
-    service::interceptor::InterceptedService,
-    transport::{Certificate, Identity, Server, ServerTlsConfig, server::Router},
-};
+use tonic::transport::{Server, server::Router};
 use tonic_health::pb::health_server::{Health, HealthServer};
+use tower::layer::util::{Identity, Stack};
 
 use crate::{
-    api::{authorise::Authoriser, hosts::Hosts, images::Images, renders::Renders, volumes::Volumes},
-    config::{Config, Tls},
+    api::{
+        authorise::{AccessLayer, Rules},
+        hosts::Hosts,
+        images::Images,
+        renders::Renders,
+        volumes::Volumes,
+    },
+    config::Config,
     error::{Error, Kind, Result, Stage},
     proto::{
         DESCRIPTOR_SET, host_service_server::HostServiceServer, image_service_server::ImageServiceServer, render_service_server::RenderServiceServer,
         volume_service_server::VolumeServiceServer,
     },
     render::Engine,
+    server::accept::Door,
     store::Store,
 };
 
@@ -55,7 +62,11 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
 
     let (stop, stopping) = watch::channel(false);
     let mut tasks = tokio::task::JoinSet::new();
-    let (unix, bound) = unix_listener(&config.listen.unix, !config.listen.allow_uids.is_empty() || !config.listen.allow_gids.is_empty())?;
+    let rules = Arc::new(Rules::new(&config));
+    let tls = config.listen.tls.as_ref().map(tls::acceptor).transpose()?;
+    raise_file_limit();
+    let door = Door::new(Arc::clone(&rules), config.listen.max_connections);
+    let (unix, bound) = unix_listener(&config.listen.unix, rules.let_others_in())?;
     let tcp = match config.listen.tcp {
         Some(address) => {
             let listener = TcpListener::bind(address).await;
@@ -64,13 +75,14 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
         None => None,
     };
     let health = health_service().await;
+    let layer = AccessLayer::new();
     if let Some(tcp) = tcp {
-        let router = router(&engine, &config, config.listen.tls.as_ref(), health.clone())?;
-        let wait = until(stopping.clone());
-        tasks.spawn(async move { router.serve_with_incoming_shutdown(TcpListenerStream::new(tcp), wait).await });
+        let router = router(&engine, layer.clone(), health.clone())?;
+        let (wait, incoming) = (until(stopping.clone()), accept::tcp(tcp, door.clone(), move || tls.clone()));
+        tasks.spawn(async move { router.serve_with_incoming_shutdown(incoming, wait).await });
     }
-    let router = router(&engine, &config, None, health)?;
-    tasks.spawn(async move { router.serve_with_incoming_shutdown(UnixListenerStream::new(unix), until(stopping)).await });
+    let router = router(&engine, layer, health)?;
+    tasks.spawn(async move { router.serve_with_incoming_shutdown(accept::unix(unix, door), until(stopping)).await });
     tracing::info!(
         socket = %config.listen.unix.display(),
         tcp = config.listen.tcp.map(tracing::field::display),
@@ -165,33 +177,31 @@ async fn health_service() -> HealthServer<impl Health> {
     service
 }
 
-fn router(engine: &Arc<Engine>, config: &Config, tls: Option<&Tls>, health: HealthServer<impl Health>) -> Result<Router> {
-    let listen = &config.listen;
-    let without_tls = listen.tls.is_none() && listen.tcp_without_tls.is_some();
-    let authoriser = Authoriser::new(listen.allow_uids.clone(), listen.allow_gids.clone(), without_tls);
+fn router(engine: &Arc<Engine>, layer: AccessLayer, health: HealthServer<impl Health>) -> Result<Router<Stack<AccessLayer, Identity>>> {
     let reflection = |error: tonic_reflection::server::Error| Error::internal(Stage::Config, "reflection", "set up reflection").with_source(error);
     let builder = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTOR_SET);
-    let mut server = Server::builder().http2_keepalive_interval(Some(KEEPALIVE_INTERVAL)).max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX));
-    if let Some(tls) = tls {
-        server = server
-            .tls_config(tls_config(tls)?)
-            .map_err(|error| Error::new(Kind::InvalidRequest, Stage::Config, "listen.tls", "the certificates do not fit").with_source(error))?;
-    }
+    let mut server =
+        Server::builder().http2_keepalive_interval(Some(KEEPALIVE_INTERVAL)).max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX)).layer(layer);
     let images = ImageServiceServer::new(Images(Arc::clone(engine))).max_decoding_message_size(MESSAGE_LEN_MAX);
     let renders = RenderServiceServer::new(Renders(Arc::clone(engine))).max_decoding_message_size(MESSAGE_LEN_MAX);
     Ok(server
-        .add_service(InterceptedService::new(health, authoriser.clone()))
-        .add_service(InterceptedService::new(builder().build_v1().map_err(reflection)?, authoriser.clone()))
-        .add_service(InterceptedService::new(builder().build_v1alpha().map_err(reflection)?, authoriser.clone()))
-        .add_service(InterceptedService::new(images, authoriser.clone()))
-        .add_service(InterceptedService::new(renders, authoriser.clone()))
-        .add_service(InterceptedService::new(VolumeServiceServer::new(Volumes(Arc::clone(engine))), authoriser.clone()))
-        .add_service(InterceptedService::new(HostServiceServer::new(Hosts(Arc::clone(engine))), authoriser)))
+        .add_service(health)
+        .add_service(builder().build_v1().map_err(reflection)?)
+        .add_service(builder().build_v1alpha().map_err(reflection)?)
+        .add_service(images)
+        .add_service(renders)
+        .add_service(VolumeServiceServer::new(Volumes(Arc::clone(engine))))
+        .add_service(HostServiceServer::new(Hosts(Arc::clone(engine)))))
 }
 
-fn tls_config(tls: &Tls) -> Result<ServerTlsConfig> {
-    let read = |path: &Path| fs::read(path).map_err(|error| Error::io(Stage::Config, path.display().to_string(), "read the PEM file", error));
-    Ok(ServerTlsConfig::new()
-        .identity(Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?))
-        .client_ca_root(Certificate::from_pem(read(&tls.client_ca)?)))
+/// Raises the number of files that may be open to what the service manager allows at most: each connection is one. The soft limit is low for the sake of
+/// programs that use select(2); this is none.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+    {
+        tracing::warn!(%error, "raise the limit of open files");
+    }
 }

@@ -1,0 +1,22 @@
+//! Who may do what. Default is deny.
+//!
+//! ```text
+//! connection ─ identity ─ rules ─▶ Peer {identity, grants}      once per connection: SO_PEERCRED (unix(7)) or the client's certificate
+//! call ─ layer ─ table: the method's role ─▶ Caller             every call of every service, also health and reflection; what is not in the table is refused
+//! service ─ Caller::check_pool, Caller::sees                    where the pool is known
+//! ```
+//!
+//! A service that looks for the [`Caller`] of a request that did not pass the layer finds none, and refuses. A pool that a caller may not use is refused by
+//! name (POOL_NOT_ALLOWED) whether it exists or not; a render or volume that is found by an id of its own and lies in such a pool is NOT_FOUND, and lists
+//! leave it out. What has no pool (images, golden images, renders of golden images alone) is everybody's who may read.
+
+mod caller;
+mod identity;
+mod layer;
+mod rules;
+pub mod table;
+
+pub use caller::{Caller, Peer};
+pub use identity::{Certificate, Identity};
+pub use layer::{AccessLayer, AccessService};
+pub use rules::{Grants, Rules};
