@@ -2,6 +2,7 @@
 
 mod access;
 mod fetch;
+mod gc;
 mod kernels;
 mod listen;
 
@@ -16,6 +17,7 @@ pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls};
 
 use serde::Deserialize;
 
+pub use self::gc::Gc;
 use crate::{
     boot::platform::{Bus, Console, Firmware, Hypervisor, Mode, Platform},
     disk::Layout,
@@ -50,6 +52,8 @@ pub struct Config {
     pub fetch: Fetch,
     /// Golden images.
     pub golden: Golden,
+    /// Garbage collection.
+    pub gc: Gc,
     /// Limits on what runs and waits.
     pub limits: Limits,
     /// What instances run on. Default: none.
@@ -259,6 +263,7 @@ impl Default for Config {
             pools: Vec::new(),
             fetch: Fetch::default(),
             golden: Golden::default(),
+            gc: Gc::default(),
             limits: Limits::default(),
             platforms: Vec::new(),
             kernels: Vec::new(),
@@ -356,6 +361,9 @@ impl Config {
                 return wrong(&at("platforms"), format!("there is no platform {name}"));
             }
         }
+        if let Some((field, why)) = self.gc.contradiction() {
+            return wrong(field, why);
+        }
         let mut names = BTreeSet::new();
         for (index, platform) in self.platforms.iter().enumerate() {
             let at = |key: &str| format!("platform[{index}].{key}");
@@ -422,6 +430,8 @@ mod tests {
             ("[[pool]]\nname='a'\nkind='devices'\npath='/dev'\nallow=[]", "pool[0].allow"),
             ("[golden]\nsize='1 KiB'", "golden.size"),
             ("[limits]\nconcurrent_renders=0", "limits.concurrent_renders"),
+            ("[gc]\nlow_water_percent=99", "gc.low_water_percent"),
+            ("[gc]\nkeep=['../x']", "gc.keep"),
             ("[limits]\nwrite_bandwidth='1 KiB'", "limits.write_bandwidth"),
             ("[[platform]]\nname='a'\nhypervisor='kvm'\nmode='pv'\nmemory='1 GiB'", "platform[0].mode"),
             ("[[platform]]\nname='a'\nhypervisor='kvm'\nmemory='1 KiB'", "platform[0].memory"),

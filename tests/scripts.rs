@@ -13,7 +13,8 @@ use common::{
 };
 use serde_json::{Value, json};
 
-const SCRIPTS: [&str; 10] = [
+const SCRIPTS: [&str; 11] = [
+    "gc.sh",
     "create-image.sh",
     "list-images.sh",
     "prerender.sh",

@@ -155,11 +155,15 @@ impl ImageService for Images {
             if engine.is_wanted(Some(&id), None) {
                 return Err(Error::new(Kind::Conflict, Stage::Store, id, "a render of it waits or runs").with_reason("IMAGE_IN_USE"));
             }
-            if !engine.store.catalog.delete_image(&id)? {
+            if !engine.store.catalog.delete_image(&id, now_secs())? {
                 return Err(no_image(&id));
             }
             for (golden, _) in engine.store.catalog.goldens(Some(&id))? {
-                engine.remove_golden(golden.key)?;
+                // One that is still wanted stays until nobody does.
+                match engine.remove_golden(golden.key) {
+                    Err(error) if error.kind() == Kind::Conflict => tracing::info!(golden = %golden.key.hex(), why = error.message(), "stays"),
+                    other => other?,
+                }
             }
             tracing::info!(image = %id, "image deleted");
             Ok(())

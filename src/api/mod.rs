@@ -7,6 +7,7 @@ pub mod hosts;
 pub mod images;
 pub mod renders;
 pub mod status;
+pub mod stores;
 pub mod volumes;
 
 use crate::error::{Error, Result, Stage};

@@ -74,7 +74,21 @@ impl Engine {
         let _permit = permit.map_err(|error| Error::internal(Stage::Fetch, "", "the fetch permits are closed").with_source(error))?;
         progress.check()?;
         let _promised = match image.rootfs_size {
-            Some(size) => Some(self.admission.promise_store(&self.store.tmp(), size, "the root filesystem's tarball")?),
+            Some(size) => {
+                let promise = || self.admission.promise_store(&self.store.tmp(), size, "the root filesystem's tarball");
+                match promise() {
+                    Err(error) if error.kind() == Kind::NoSpace => {
+                        let engine = Arc::clone(self);
+                        blocking(Stage::Store, move || {
+                            engine.make_room(size);
+                            Ok(())
+                        })
+                        .await?;
+                        Some(promise()?)
+                    }
+                    other => Some(other?),
+                }
+            }
             None => None,
         };
         progress.enter(Stage::Fetch, image.rootfs_size.unwrap_or(0));

@@ -37,6 +37,19 @@ impl<K: Eq + Hash + Clone> Flights<K> {
         lock.lock_owned().await
     }
 
+    /// The same without waiting: none when somebody works on `key` or waits to.
+    pub fn try_enter(&self, key: &K) -> Option<OwnedMutexGuard<()>> {
+        let mut locks = self.locks.lock().expect("no panic while holding the table of flights");
+        locks.retain(|_, lock| lock.strong_count() > 0);
+        if locks.contains_key(key) {
+            return None;
+        }
+        let lock = Arc::new(AsyncMutex::new(()));
+        let entered = Arc::clone(&lock).try_lock_owned().ok()?;
+        locks.insert(key.clone(), Arc::downgrade(&lock));
+        Some(entered)
+    }
+
     /// Whether somebody works on `key` now.
     pub fn is_busy(&self, key: &K) -> bool {
         let locks = self.locks.lock().expect("no panic while holding the table of flights");

@@ -137,13 +137,20 @@ impl Engine {
         let engine = Arc::clone(self);
         blocking(Stage::Golden, move || {
             let need = build_size(&fetched)?;
-            let _promised = engine.admission.promise_store(&engine.store.tmp(), need, "the golden image")?;
+            let promise = || engine.admission.promise_store(&engine.store.tmp(), need, "the golden image");
+            let _promised = match promise() {
+                Err(error) if error.kind() == Kind::NoSpace => {
+                    engine.make_room(need);
+                    promise()?
+                }
+                other => other?,
+            };
             // The flight is held until the golden can be found, even if whoever awaits this goes away.
             let _flight = flight;
             let begun = std::time::Instant::now();
+            engine.store.catalog.touch_blob(fetched.golden.rootfs, now_secs())?;
             let record = build(&engine.store, &fetched, &engine.pacer, &progress)?;
             tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
-            engine.store.catalog.put_golden(record)?;
             let loaded = engine.load_golden(key)?.ok_or_else(|| Error::internal(Stage::Golden, key.hex(), "was built and is not there"))?;
             Ok((fetched.resolved, loaded))
         })
@@ -156,31 +163,11 @@ impl Engine {
         blocking(Stage::Resolve, move || {
             let image = engine.image(&image_id)?;
             match engine.golden_spec(&image, &options)?.complete() {
-                Some(spec) => Ok(engine.store.catalog.golden(spec.key())?.is_some()),
+                Some(spec) => Ok(engine.store.catalog.golden(spec.key())?.is_some() && engine.store.golden_dir(&spec.key()).exists()),
                 None => Ok(false),
             }
         })
         .await
-    }
-
-    /// Removes a golden image that no volume is backed by and no job uses: `Kind::Conflict` otherwise.
-    pub fn remove_golden(&self, key: Digest) -> Result<()> {
-        if self.builds.is_busy(&key) || self.is_wanted(None, Some(key)) {
-            return Err(Error::new(Kind::Conflict, Stage::Store, key.hex(), "a render uses this golden image").with_reason("GOLDEN_IN_USE"));
-        }
-        // The row goes first: a directory without a row is rubbish that the next build of the key replaces.
-        self.store.catalog.delete_golden(key)?;
-        self.loaded.lock().expect("no panic while holding loaded goldens").retain(|loaded| loaded.record.key != key);
-        let dir = self.store.golden_dir(&key);
-        match fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::io(Stage::Store, dir.display().to_string(), "remove the golden image", error))
-            }
-            _ => {
-                tracing::info!(golden = %key.hex(), "golden image removed");
-                Ok(())
-            }
-        }
     }
 
     pub(super) fn loaded_golden(&self, key: &Digest) -> Option<Arc<LoadedGolden>> {
@@ -221,6 +208,10 @@ impl Engine {
             study: Mutex::new(None),
         });
         let mut loaded = self.loaded.lock().expect("no panic while holding loaded goldens");
+        // One that was marked for removal meanwhile is not remembered.
+        if self.store.catalog.golden(key)?.is_none() {
+            return Ok(None);
+        }
         if loaded.len() >= LOADED_GOLDENS_MAX {
             loaded.remove(0);
         }
@@ -249,11 +240,8 @@ fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progre
     fs::create_dir(&tmp).map_err(|error| Error::io(Stage::Golden, tmp.display().to_string(), "make the build's directory", error))?;
     let declared = fetched.resolved.image.compression();
     let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, pacer, progress)).and_then(|built| {
-        publish(store, &tmp, &key)?;
-        Ok(built)
-    });
-    match built {
-        Ok(BuiltDisk { filesystem: built, digest, allocated }) => Ok(GoldenRecord {
+        let BuiltDisk { filesystem: built, digest, allocated } = built;
+        let record = GoldenRecord {
             key,
             spec: spec.clone(),
             image_id: fetched.resolved.image.record.id.clone(),
@@ -262,7 +250,14 @@ fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progre
             built,
             created: now_secs(),
             last_used: now_secs(),
-        }),
+        };
+        // The row first: see the head of `store`.
+        store.catalog.put_golden(record.clone())?;
+        publish(store, &tmp, &key)?;
+        Ok(record)
+    });
+    match built {
+        Ok(record) => Ok(record),
         Err(error) => Err(match fs::remove_dir_all(&tmp) {
             Err(failure) if failure.kind() != std::io::ErrorKind::NotFound => {
                 error.with_cleanup_failure(Error::io(Stage::Golden, tmp.display().to_string(), "remove the unfinished build", failure))
@@ -446,7 +441,8 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all().map_err(failed)
 }
 
-/// Gives a finished build its name. What is there under that name has no row (the caller looked) and is what a crash left between rename and row.
+/// Gives a finished build its name. What is there under that name had no row before the build (the caller looked): it is what an older cloudletd left when it
+/// was stopped.
 fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
     let dir = store.golden_dir(key);
     let failed = |doing: &'static str| {

@@ -177,6 +177,12 @@ impl Engine {
         }
     }
 
+    /// The rows of all jobs that have not ended.
+    pub(super) fn live_records(&self) -> Vec<RenderRecord> {
+        let jobs = self.jobs.lock().expect("no panic while holding the job table");
+        jobs.values().map(|job| job.record.borrow().clone()).collect()
+    }
+
     /// Whether a job for this image or golden waits or runs.
     pub fn is_wanted(&self, image_id: Option<&str>, golden: Option<Digest>) -> bool {
         self.jobs.lock().expect("no panic while holding the job table").values().any(|job| {
@@ -230,6 +236,10 @@ impl Engine {
                 record.started_ms = Some(now_ms());
             });
         };
+        // Said before anything is looked for: garbage collection keeps what a job wants.
+        if let Some(spec) = resolved.golden.complete() {
+            job.update(|record| record.golden_key = Some(spec.key()));
+        }
         // What is warm takes a render permit at once; what has to be fetched or built first takes those permits, so that cold work never blocks warm renders.
         let fetched = self.fetch(resolved, &progress, || begin(job)).await?;
         job.update(|record| record.golden_key = Some(fetched.golden.key()));

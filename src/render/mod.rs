@@ -8,6 +8,7 @@
 //! inject    Golden + instance → edits and report                           pure
 //! devices   what an instance has beside its root: contents, fstab lines
 //! volume    Golden + edits → patch → staged → published volumes + mapping  blocking
+//! collect   garbage: goldens and tarballs that nobody needs go when space is short
 //! admission space promised to renders that run; memory
 //! reconfigure  a stopped instance's volume, changed in place
 //! start     which kernel an instance starts with on a platform, or why it does not
@@ -19,6 +20,7 @@
 //! stops at the next check and leaves nothing.
 
 mod admission;
+pub mod collect;
 pub mod devices;
 pub mod fetch;
 pub mod flight;
@@ -34,7 +36,7 @@ mod start;
 pub mod volume;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -84,6 +86,10 @@ pub struct Engine {
     reserved: Mutex<HashSet<VolumeKey>>,
     /// What is promised to renders that run.
     admission: Admission,
+    /// Held by the one that collects garbage.
+    collecting: Mutex<()>,
+    /// Goldens that the configuration wants prepared, as far as they are.
+    prepared: Mutex<BTreeSet<Digest>>,
     /// How fast bulk data is written.
     pacer: Arc<Pacer>,
 }
@@ -108,6 +114,8 @@ impl Engine {
             jobs: Mutex::new(HashMap::new()),
             reserved: Mutex::new(HashSet::new()),
             admission: Admission::new(config.limits.memory_reserve.0),
+            collecting: Mutex::new(()),
+            prepared: Mutex::new(BTreeSet::new()),
             pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
             config,
         }))

@@ -68,7 +68,10 @@ async fn prepare(engine: &Arc<Engine>, prerender: &Prerender) -> Result<()> {
     let end = Arc::clone(engine);
     let record = blocking(Stage::Golden, move || end.render(&id)).await?.record;
     match (record.state, record.failure) {
-        (RenderState::Succeeded, _) => Ok(()),
+        (RenderState::Succeeded, _) => {
+            engine.prepared.lock().expect("no panic while holding the prepared goldens").extend(record.golden_key);
+            Ok(())
+        }
         (_, Some(failure)) => {
             let kind = if failure.retryable { Kind::Unavailable } else { Kind::Conflict };
             Err(Error::new(kind, Stage::Golden, record.image_id, failure.message))

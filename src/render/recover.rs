@@ -18,6 +18,7 @@ impl Engine {
         if failed > 0 {
             tracing::warn!(renders = failed, "renders of the stopped daemon are marked as failed");
         }
+        self.finish_removals()?;
         for pool in self.pools.values() {
             if let Place::Directory { path } = &pool.place {
                 std::fs::create_dir_all(path)

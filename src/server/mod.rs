@@ -26,13 +26,14 @@ use crate::{
         hosts::Hosts,
         images::Images,
         renders::Renders,
+        stores::Stores,
         volumes::Volumes,
     },
     config::Config,
     error::{Error, Kind, Result, Stage},
     proto::{
         DESCRIPTOR_SET, host_service_server::HostServiceServer, image_service_server::ImageServiceServer, render_service_server::RenderServiceServer,
-        volume_service_server::VolumeServiceServer,
+        store_service_server::StoreServiceServer, volume_service_server::VolumeServiceServer,
     },
     render::Engine,
     server::accept::Door,
@@ -94,9 +95,11 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let preparing = tokio::spawn(crate::render::prerender::prepare_all(Arc::clone(&engine)));
+    let collecting = tokio::spawn(crate::render::collect::collect_regularly(Arc::clone(&engine)));
 
     stopped.await;
     preparing.abort();
+    collecting.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("draining");
     stop.send_replace(true);
@@ -174,6 +177,7 @@ async fn health_service() -> HealthServer<impl Health> {
     reporter.set_serving::<RenderServiceServer<Renders>>().await;
     reporter.set_serving::<VolumeServiceServer<Volumes>>().await;
     reporter.set_serving::<HostServiceServer<Hosts>>().await;
+    reporter.set_serving::<StoreServiceServer<Stores>>().await;
     service
 }
 
@@ -191,6 +195,7 @@ fn router(engine: &Arc<Engine>, layer: AccessLayer, health: HealthServer<impl He
         .add_service(images)
         .add_service(renders)
         .add_service(VolumeServiceServer::new(Volumes(Arc::clone(engine))))
+        .add_service(StoreServiceServer::new(Stores(Arc::clone(engine))))
         .add_service(HostServiceServer::new(Hosts(Arc::clone(engine)))))
 }
 

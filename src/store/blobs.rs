@@ -30,7 +30,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(Error::io(Stage::Store, path.display().to_string(), "look at the blob", error)),
         };
-        // A row is written after the file was flushed; a file without its row is adopted by being fetched again.
+        // The row may be there before the file: only both together are a blob.
         Ok(self.catalog.blob_size(*digest)? == Some(size))
     }
 
@@ -39,9 +39,11 @@ impl Store {
         let to = self.blob_path(&digest);
         let failed = |doing: &'static str| move |error| Error::io(Stage::Store, from.display().to_string(), doing, error);
         fs::set_permissions(from, fs::Permissions::from_mode(0o444)).map_err(failed("make the blob read-only"))?;
+        let _gate = self.blob_gate();
+        // The row first: what a crash leaves in between is a row that counts for nothing, not a file that nobody knows of.
+        self.catalog.put_blob(digest, size, now)?;
         fs::rename(from, &to).map_err(failed("move the blob to its place"))?;
-        sync_dir(&self.dir.join("blobs"))?;
-        self.catalog.put_blob(digest, size, now)
+        sync_dir(&self.dir.join("blobs"))
     }
 
     /// Starts receiving a blob.

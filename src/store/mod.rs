@@ -12,18 +12,21 @@
 //!   volumes/                the default pool, when none is configured
 //! ```
 //!
-//! Names in `blobs` and `goldens` are lower-case hexadecimal and nothing else. A file there is complete: it was written in `tmp`, flushed, renamed, and
-//! its directory flushed, before the catalogue knew of it.
+//! Names in `blobs` and `goldens` are lower-case hexadecimal and nothing else. A file there is complete: it was written in `tmp`, flushed, and renamed. Its
+//! row is written before it has its name: a row without its files is nothing, and goes at the next start or with the next look; files without a row are never
+//! made.
 
 pub mod blobs;
 pub mod catalog;
 pub mod digest;
+pub mod gc;
 pub mod records;
 
 use std::{
     fs::{self, File},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use nix::fcntl::{Flock, FlockArg};
@@ -38,6 +41,8 @@ pub struct Store {
     dir: PathBuf,
     /// Rows.
     pub catalog: Catalog,
+    /// Held while a blob gets or loses its name.
+    gate: Mutex<()>,
     _lock: Flock<File>,
 }
 
@@ -61,7 +66,7 @@ impl Store {
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             Error::new(Kind::Busy, Stage::Store, dir.display().to_string(), "another cloudletd uses this state directory").with_source(errno)
         })?;
-        let store = Store { dir: dir.to_path_buf(), catalog: Catalog::open(&dir.join("catalog.sqlite"))?, _lock: lock };
+        let store = Store { dir: dir.to_path_buf(), catalog: Catalog::open(&dir.join("catalog.sqlite"))?, gate: Mutex::new(()), _lock: lock };
         store.empty_tmp()?;
         Ok(store)
     }
@@ -79,6 +84,12 @@ impl Store {
     /// Directory of the golden image with this key.
     pub fn golden_dir(&self, key: &crate::names::Digest) -> PathBuf {
         self.dir.join("goldens").join(key.hex())
+    }
+
+    /// While this is held no blob gets a name.
+    pub fn blob_gate(&self) -> MutexGuard<'_, ()> {
+        // It guards no data: what a panicking holder left is found by looking.
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn empty_tmp(&self) -> Result<()> {

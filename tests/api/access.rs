@@ -122,6 +122,16 @@ fn cases(render: &str) -> Vec<Case> {
         ),
         case("/cloudlet.v1.RenderService/ListGoldens", ListGoldensRequest::default(), Role::Read, Ok, Ok),
         case("/cloudlet.v1.RenderService/DeleteGolden", DeleteGoldenRequest { golden_key: "0".repeat(64) }, Role::Admin, NotFound, PermissionDenied),
+        case("/cloudlet.v1.StoreService/CreateLease", CreateLeaseRequest::default(), Role::Render, InvalidArgument, PermissionDenied),
+        case("/cloudlet.v1.StoreService/ReleaseLease", ReleaseLeaseRequest { lease_id: "lse-0".into() }, Role::Render, Ok, PermissionDenied),
+        case("/cloudlet.v1.StoreService/ListLeases", ListLeasesRequest {}, Role::Read, Ok, Ok),
+        case(
+            "/cloudlet.v1.StoreService/CollectGarbage",
+            CollectGarbageRequest { dry_run: true, ..Default::default() },
+            Role::Admin,
+            Ok,
+            PermissionDenied,
+        ),
         case(
             "/cloudlet.v1.VolumeService/ListVolumes",
             ListVolumesRequest { pool: "default".into(), ..Default::default() },

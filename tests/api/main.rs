@@ -8,5 +8,6 @@ mod lifecycle;
 mod pki;
 mod platforms;
 mod renders;
+mod store;
 mod support;
 mod tls;

@@ -44,6 +44,7 @@ const fn rule(service: &'static str, method: &'static str, role: Role, scope: Sc
 const HOST: &str = "cloudlet.v1.HostService";
 const IMAGE: &str = "cloudlet.v1.ImageService";
 const RENDER: &str = "cloudlet.v1.RenderService";
+const STORE: &str = "cloudlet.v1.StoreService";
 const VOLUME: &str = "cloudlet.v1.VolumeService";
 const HEALTH: &str = "grpc.health.v1.Health";
 const REFLECTION_V1: &str = "grpc.reflection.v1.ServerReflection";
@@ -68,6 +69,11 @@ pub const RULES: &[Rule] = &[
     rule(RENDER, "Prerender", Role::Render, Scope::Host, Effect::Changes),
     rule(RENDER, "ListGoldens", Role::Read, Scope::Host, Effect::Reads),
     rule(RENDER, "DeleteGolden", Role::Admin, Scope::Everywhere, Effect::Changes),
+    // What is held takes space from everybody.
+    rule(STORE, "CreateLease", Role::Render, Scope::Everywhere, Effect::Changes),
+    rule(STORE, "ReleaseLease", Role::Render, Scope::Everywhere, Effect::Changes),
+    rule(STORE, "ListLeases", Role::Read, Scope::Host, Effect::Reads),
+    rule(STORE, "CollectGarbage", Role::Admin, Scope::Everywhere, Effect::Changes),
     rule(VOLUME, "ListVolumes", Role::Read, Scope::Pool, Effect::Reads),
     rule(VOLUME, "GetMapping", Role::Read, Scope::Pool, Effect::Reads),
     rule(VOLUME, "DeleteVolume", Role::Render, Scope::Pool, Effect::Changes),

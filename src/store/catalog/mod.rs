@@ -4,6 +4,8 @@
 //! flush: hundreds of renders a second cost a few dozen flushes. A caller gets its answer after the flush. Reads use a second connection (WAL: they never wait
 //! for the writer).
 
+pub mod gc;
+pub mod leases;
 mod rows;
 mod schema;
 mod volumes;
@@ -160,8 +162,8 @@ impl Catalog {
         })
     }
 
-    /// Removes an image's row, unless a volume was made from it: then `Kind::Conflict`.
-    pub fn delete_image(&self, id: &str) -> Result<bool> {
+    /// Removes an image's row, unless a volume was made from it or a lease holds it at `now`: then `Kind::Conflict`.
+    pub fn delete_image(&self, id: &str, now: i64) -> Result<bool> {
         let id = id.to_owned();
         self.write(move |connection| {
             let volumes: i64 = connection
@@ -169,6 +171,17 @@ impl Catalog {
                 .map_err(failed("count volumes of image"))?;
             if volumes > 0 {
                 return Err(Error::new(Kind::Conflict, Stage::Store, id, format!("{volumes} volumes were made from it")).with_reason("IMAGE_IN_USE"));
+            }
+            let leased: Option<String> = connection
+                .query_row(
+                    "SELECT owner FROM leases WHERE kind='image' AND object=?1 AND (expires IS NULL OR expires > ?2)",
+                    params![id, now],
+                    |row| row.get(0),
+                )
+                .optional()
+                .map_err(failed("look for leases of an image"))?;
+            if let Some(owner) = leased {
+                return Err(Error::new(Kind::Conflict, Stage::Store, id, format!("{owner} holds a lease on it")).with_reason("IMAGE_LEASED"));
             }
             connection.execute("DELETE FROM images WHERE id=?1", [&id]).map(|rows| rows > 0).map_err(failed("delete image"))
         })
@@ -187,11 +200,15 @@ impl Catalog {
         })
     }
 
-    /// Size of a blob, if the catalogue has it.
+    /// Size of a blob, if the catalogue has it and it is not being removed.
     pub fn blob_size(&self, digest: Digest) -> Result<Option<u64>> {
         self.read(|connection| {
             connection
-                .query_row("SELECT size FROM blobs WHERE digest=?1", [digest.to_string()], |row| row.get::<_, i64>(0))
+                .query_row(
+                    "SELECT size FROM blobs WHERE digest=?1 AND NOT EXISTS (SELECT 1 FROM journal WHERE what='remove-blob' AND subject=?1)",
+                    [digest.to_string()],
+                    |row| row.get::<_, i64>(0),
+                )
                 .optional()
                 .map(|size| size.map(|size| size as u64))
                 .map_err(failed("read blob"))
@@ -220,11 +237,11 @@ impl Catalog {
         })
     }
 
-    /// One golden.
+    /// One golden, unless it is being removed.
     pub fn golden(&self, key: Digest) -> Result<Option<GoldenRecord>> {
         self.read(|connection| {
             connection
-                .prepare_cached("SELECT * FROM goldens WHERE key=?1")
+                .prepare_cached("SELECT * FROM goldens WHERE key=?1 AND NOT EXISTS (SELECT 1 FROM journal WHERE what='remove-golden' AND subject=?1)")
                 .and_then(|mut statement| statement.query_row([key.hex()], golden_of).optional())
                 .map_err(failed("read golden"))
         })
@@ -240,20 +257,6 @@ impl Catalog {
                 params![image_id],
                 |row| Ok((golden_of(row)?, row.get::<_, u32>(8)?)),
             )
-        })
-    }
-
-    /// Forgets a golden, unless a volume is backed by it: then `Kind::Conflict`.
-    pub fn delete_golden(&self, key: Digest) -> Result<bool> {
-        self.write(move |connection| {
-            let volumes: i64 = connection
-                .query_row("SELECT count(*) FROM volumes WHERE golden_key=?1", [key.hex()], |row| row.get(0))
-                .map_err(failed("count volumes of golden"))?;
-            if volumes > 0 {
-                return Err(Error::new(Kind::Conflict, Stage::Store, key.hex(), format!("{volumes} volumes are backed by this golden image"))
-                    .with_reason("GOLDEN_IN_USE"));
-            }
-            connection.execute("DELETE FROM goldens WHERE key=?1", [key.hex()]).map(|rows| rows > 0).map_err(failed("delete golden"))
         })
     }
 

@@ -5,8 +5,8 @@ use rusqlite::Connection;
 use super::failed;
 use crate::error::{Error, Kind, Result, Stage};
 
-/// Version of the tables, kept in `user_version`.
-const SCHEMA_VERSION: i64 = 2;
+/// Version of the tables, kept in `user_version`: every step adds one.
+const SCHEMA_VERSION: i64 = 3;
 
 const SCHEMA: &str = "
 CREATE TABLE images (
@@ -44,18 +44,32 @@ ALTER TABLE volumes ADD COLUMN secret BLOB;
 CREATE INDEX volumes_by_root ON volumes (root_pool, root_name);
 ";
 
+/// From version 2 to 3: what is begun and not finished (`journal`), and who wants what to stay (`leases`).
+const FROM_2: &str = "
+CREATE TABLE journal (
+  seq INTEGER PRIMARY KEY, what TEXT NOT NULL, subject TEXT NOT NULL, detail TEXT NOT NULL, since INTEGER NOT NULL, UNIQUE (what, subject)
+) STRICT;
+CREATE TABLE leases (
+  id TEXT PRIMARY KEY, kind TEXT NOT NULL, object TEXT NOT NULL, owner TEXT NOT NULL, reason TEXT NOT NULL, created INTEGER NOT NULL, expires INTEGER
+) STRICT;
+CREATE INDEX leases_by_object ON leases (kind, object);
+";
+
 /// Makes the tables of a new catalogue, or brings those of an older cloudletd up to date. `Kind::Unsupported` when a newer one made them.
 pub(super) fn prepare(connection: &Connection, object: &str) -> Result<()> {
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed("read schema version"))?;
-    let change = match version {
-        0 => SCHEMA,
-        1 => FROM_1,
+    // A new catalogue has the tables of version 2 at once; what came later is added to either.
+    let steps: &[&str] = match version {
+        0 => &[SCHEMA, FROM_2],
+        1 => &[FROM_1, FROM_2],
+        2 => &[FROM_2],
         SCHEMA_VERSION => return Ok(()),
         other => {
             let message = format!("the catalogue has schema version {other}, this cloudletd knows {SCHEMA_VERSION}");
             return Err(Error::new(Kind::Unsupported, Stage::Store, object, message).with_hint("use the cloudletd that wrote it, or a newer one"));
         }
     };
+    let change = steps.concat();
     connection.execute_batch(&format!("BEGIN; {change} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")).map_err(failed("make tables"))
 }
 

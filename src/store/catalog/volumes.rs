@@ -36,6 +36,9 @@ impl Catalog {
                 }
             }
             for volume in &volumes {
+                if let Some(key) = volume.golden_key {
+                    super::gc::require_golden(connection, key)?;
+                }
                 save_volume(connection, volume, replaced.contains(&volume.key()))?;
             }
             save_render(connection, &render)

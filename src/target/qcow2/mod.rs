@@ -17,6 +17,7 @@
 //! - `compressed` writes standalone images with compressed clusters, metadata last.
 //! - `header` is the header cluster, `reader` reads an image back by its tables, `shim` is the only user of qcow2-rs.
 
+pub mod backing;
 mod compressed;
 mod header;
 pub mod overlay;

@@ -1,0 +1,155 @@
+//! Garbage collection, leases, and what a daemon that was killed in between leaves to the next.
+
+use cloudletd::proto::{self, VolumeFormat, collect_garbage_request::Goal, create_lease_request::Object};
+
+use crate::support::{Daemon, judge, spec, volume};
+
+/// Everything that may go, however young it is.
+fn everything(dry_run: bool) -> proto::CollectGarbageRequest {
+    proto::CollectGarbageRequest { dry_run, goal: Some(Goal::UsedBytesMax(0)), min_age_seconds: Some(0) }
+}
+
+async fn collect(daemon: &mut Daemon, request: proto::CollectGarbageRequest) -> proto::CollectGarbageResponse {
+    daemon.stores.collect_garbage(request).await.expect("collected").into_inner()
+}
+
+/// What became of the only golden: the word why it stayed, or that it went.
+fn golden_of(response: &proto::CollectGarbageResponse) -> (&str, &proto::StoreObject) {
+    let golden = response.objects.iter().find(|object| object.kind == "golden").expect("a golden is listed");
+    (if golden.removed { "removed" } else { golden.kept_because.as_str() }, golden)
+}
+
+async fn delete(daemon: &mut Daemon, name: &str) {
+    let request = proto::DeleteVolumeRequest { volume: Some(volume(name)), delete_data: false };
+    daemon.volumes.delete_volume(request).await.expect("deleted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_volumes_files_and_leases_refer_to_stays_and_the_rest_goes_and_comes_back() {
+    let mut daemon = Daemon::start().await;
+    let image = daemon.image().await;
+    let first = daemon.render("key", spec(&image, "web1", VolumeFormat::Qcow2Overlay)).await;
+    let answer = collect(&mut daemon, everything(false)).await;
+    let (word, golden) = golden_of(&answer);
+    assert_eq!((word, golden.name.as_str()), ("BACKS_VOLUMES", first.golden_key.as_str()));
+    let disk = daemon.dir.join("state/goldens").join(&golden.name).join("disk.raw");
+    let blob = answer.objects.iter().find(|object| object.kind == "blob").expect("the tarball is listed");
+    assert_eq!((blob.removed, blob.kept_because.as_str()), (false, "ONLY_COPY"), "nobody could upload it again");
+    assert!(answer.freed_bytes == 0 && answer.used_bytes >= blob.size_bytes + golden.size_bytes);
+    delete(&mut daemon, "web1").await;
+
+    // A file that an operator made.
+    let (overlay, backing) = (daemon.dir.join("pool/mine.qcow2"), disk.to_str().expect("text").to_owned());
+    judge("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &backing, overlay.to_str().expect("text")]);
+    assert_eq!(golden_of(&collect(&mut daemon, everything(false)).await).0, "BACKS_FILE");
+    std::fs::remove_file(&overlay).expect("removed");
+
+    let lease =
+        proto::CreateLeaseRequest { object: Some(Object::ImageId(image.clone())), owner: "ops".into(), reason: "wave 7".into(), ttl_seconds: 0 };
+    let lease = daemon.stores.create_lease(lease).await.expect("leased").into_inner().lease.expect("described");
+    let answer = collect(&mut daemon, everything(false)).await;
+    assert_eq!((golden_of(&answer).0, golden_of(&answer).1.explanation.as_str()), ("LEASED", "ops holds a lease: wave 7"));
+    let refused = daemon.images.delete_image(proto::DeleteImageRequest { image_id: image.clone() }).await.expect_err("leased");
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    let listed = daemon.stores.list_leases(proto::ListLeasesRequest {}).await.expect("listed").into_inner().leases;
+    assert_eq!(listed, std::slice::from_ref(&lease));
+    let release = proto::ReleaseLeaseRequest { lease_id: lease.id };
+    assert!(daemon.stores.release_lease(release.clone()).await.expect("released").into_inner().released);
+    assert!(!daemon.stores.release_lease(release).await.expect("asked").into_inner().released);
+
+    let young = proto::CollectGarbageRequest { min_age_seconds: None, ..everything(false) };
+    assert_eq!(golden_of(&collect(&mut daemon, young).await).0, "RECENTLY_USED");
+    assert_eq!(golden_of(&collect(&mut daemon, proto::CollectGarbageRequest { goal: None, ..everything(false) }).await).0, "ENOUGH_FREE");
+    let would = collect(&mut daemon, everything(true)).await;
+    assert!(golden_of(&would).0 == "removed" && would.freed_bytes > 0 && disk.exists(), "a dry run removes nothing");
+    let done = collect(&mut daemon, everything(false)).await;
+    assert!(golden_of(&done).0 == "removed" && done.freed_bytes == would.freed_bytes && !disk.exists());
+    assert!(daemon.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens.is_empty());
+    assert_eq!(std::fs::read_dir(daemon.dir.join("state/tmp")).expect("tmp").count(), 0);
+
+    let again = daemon.render("again", spec(&image, "web2", VolumeFormat::Qcow2Overlay)).await;
+    assert_eq!(again.golden_key, first.golden_key);
+    judge("qemu-img", &["check", daemon.dir.join("pool/web2.qcow2").to_str().expect("text")]);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_of_nothing_and_of_nobody_are_refused() {
+    let mut daemon = Daemon::start().await;
+    let image = daemon.image().await;
+    let request = |object: Option<Object>, owner: &str| proto::CreateLeaseRequest { object, owner: owner.into(), ..Default::default() };
+    for (wanted, code) in [
+        (request(None, "ops"), tonic::Code::InvalidArgument),
+        (request(Some(Object::ImageId("img-0".into())), "ops"), tonic::Code::NotFound),
+        (request(Some(Object::GoldenKey("../etc".into())), "ops"), tonic::Code::InvalidArgument),
+        (request(Some(Object::GoldenKey("0".repeat(64))), "ops"), tonic::Code::NotFound),
+        (request(Some(Object::BlobDigest(format!("sha256:{}", "0".repeat(64)))), "ops"), tonic::Code::NotFound),
+        (request(Some(Object::ImageId(image.clone())), ""), tonic::Code::InvalidArgument),
+        (request(Some(Object::ImageId(image.clone())), "a\nb"), tonic::Code::InvalidArgument),
+        (proto::CreateLeaseRequest { ttl_seconds: u64::MAX, ..request(Some(Object::ImageId(image.clone())), "ops") }, tonic::Code::InvalidArgument),
+    ] {
+        assert_eq!(daemon.stores.create_lease(wanted.clone()).await.expect_err("refused").code(), code, "{wanted:?}");
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_was_interrupted_is_finished_at_the_next_start() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+    let image = daemon.image().await;
+    let key = daemon.render("key", spec(&image, "web1", VolumeFormat::Raw)).await.golden_key;
+    daemon.stop().await;
+    let mark = |what: &str, subject: &str| {
+        let catalogue = rusqlite::Connection::open(dir.path().join("state/catalog.sqlite")).expect("opens");
+        catalogue.execute("INSERT INTO journal (what, subject, detail, since) VALUES (?1, ?2, '{}', 1)", [what, subject]).expect("marked");
+    };
+    let golden = dir.path().join("state/goldens").join(&key);
+    // Marked, and its files still there; then marked, and its files gone.
+    for files in [true, false] {
+        mark("remove-golden", &key);
+        if !files {
+            std::fs::remove_dir_all(&golden).expect("removed");
+        }
+        let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+        assert!(!golden.exists());
+        assert!(daemon.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens.is_empty());
+        daemon.render(&format!("again-{files}"), spec(&image, &format!("again-{files}"), VolumeFormat::Raw)).await;
+        assert!(golden.exists());
+        daemon.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn collecting_while_rendering_never_takes_a_golden_from_under_a_volume() {
+    let mut daemon = Daemon::start().await;
+    let image = daemon.image().await;
+    let mut stores = daemon.stores.clone();
+    let collector = tokio::spawn(async move {
+        let (mut removed, begun) = (0u32, std::time::Instant::now());
+        while begun.elapsed() < std::time::Duration::from_secs(3) {
+            let answer = stores.collect_garbage(everything(false)).await.expect("collected").into_inner();
+            removed += answer.objects.iter().filter(|object| object.removed).count() as u32;
+        }
+        removed
+    });
+    let (mut made, mut gone) = (0u32, 0u32);
+    while !collector.is_finished() {
+        let name = format!("vm{made}-{gone}");
+        let started = daemon.start_render(&name, spec(&image, &name, VolumeFormat::Qcow2Overlay)).await.expect("accepted").render.expect("a render");
+        let ended = daemon.wait(&started.id).await;
+        if ended.state() == proto::RenderState::Succeeded {
+            judge("qemu-img", &["check", "-q", daemon.dir.join(format!("pool/{name}.qcow2")).to_str().expect("text")]);
+            made += 1;
+            delete(&mut daemon, &name).await;
+        } else {
+            assert_eq!(ended.error.as_ref().expect("why").reason, "GOLDEN_GONE", "{ended:?}");
+            assert!(!daemon.dir.join(format!("pool/{name}.qcow2")).exists());
+            gone += 1;
+        }
+    }
+    let removed = collector.await.expect("no panic");
+    assert!(made > 0, "no render succeeded beside the collector");
+    assert!(removed > 0, "the collector never found the golden unused");
+    daemon.stop().await;
+}
