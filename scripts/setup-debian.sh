@@ -12,7 +12,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly BUILD=(cc:gcc /usr/include/stdio.h:libc6-dev git:git curl:curl /etc/ssl/certs/ca-certificates.crt:ca-certificates)
 readonly TEST=(
     # Fixtures and scripts.
-    mmdebstrap:mmdebstrap zstd:zstd lz4:lz4 readelf:binutils pigz:pigz xz:xz-utils bzip2:bzip2 jq:jq column:bsdextrautils shellcheck:shellcheck npm:npm
+    mmdebstrap:mmdebstrap zstd:zstd lz4:lz4 readelf:binutils lsinitramfs:initramfs-tools-core pigz:pigz xz:xz-utils bzip2:bzip2 jq:jq column:bsdextrautils shellcheck:shellcheck npm:npm
     /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
     # Filesystems, disks, and their judges.
     mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.vfat:dosfstools mcopy:mtools sgdisk:gdisk sfdisk:fdisk losetup:mount

@@ -280,9 +280,9 @@ pub(crate) mod tests {
         let pv = platform(Hypervisor::Xen, Mode::Pv, Firmware::Loader, Bus::Xen);
         let pvh = platform(Hypervisor::Xen, Mode::Pvh, Firmware::Direct, Bus::Xen);
         assert_eq!((preferences(&[]), consoles(&[])), (Preferences::default(), DEFAULT_CONSOLES.to_vec()));
-        assert_eq!(preferences(&[bios.clone()]), Preferences { layout: Some(Layout::Gpt), filesystem: None, profile: None });
+        assert_eq!(preferences(std::slice::from_ref(&bios)), Preferences { layout: Some(Layout::Gpt), filesystem: None, profile: None });
         let direct = Preferences { layout: Some(Layout::Bare), filesystem: Some(FsKind::Ext4), profile: None };
-        assert_eq!((preferences(&[pvh.clone()]), consoles(&[pvh.clone()])), (direct, vec![Console::Hypervisor]));
+        assert_eq!((preferences(std::slice::from_ref(&pvh)), consoles(std::slice::from_ref(&pvh))), (direct, vec![Console::Hypervisor]));
         let all = [bios, pvh, pv];
         let everything = Preferences { layout: Some(Layout::Gpt), filesystem: Some(FsKind::Ext4), profile: Some(Profile::Compat) };
         assert_eq!(preferences(&all), everything);

@@ -100,11 +100,14 @@ impl SuppliedFiles {
 /// What changes when a file does: device, inode, size, time of its last change. Nothing for one that is not there.
 type Stamp = Option<(u64, u64, u64, i64, i64)>;
 
+/// The kernels as they were when their files had these stamps.
+type Read = (Vec<Stamp>, Arc<Vec<SuppliedKernel>>);
+
 /// The configured kernels, read once. Every method may block.
 #[derive(Debug, Default)]
 pub struct SuppliedKernels {
     sources: Vec<Source>,
-    read: Mutex<Option<(Vec<Stamp>, Arc<Vec<SuppliedKernel>>)>>,
+    read: Mutex<Option<Read>>,
 }
 
 impl SuppliedKernels {

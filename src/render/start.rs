@@ -91,7 +91,7 @@ impl Engine {
         blocking(Stage::Resolve, move || {
             let asked = Asked { manifest: Some(&manifest), spec: &golden.record.spec, golden: Some((&golden, &study)) };
             for (config, platform) in &platforms {
-                let plan = asked.answer(config, platform, &*engine.supplied_for(platform)?, "spec.platforms")?;
+                let plan = asked.answer(config, platform, &engine.supplied_for(platform)?, "spec.platforms")?;
                 tracing::debug!(platform = %config.name, kernel = ?plan.kernel, notes = ?plan.notes, "the image starts there");
             }
             Ok(())

@@ -6,6 +6,7 @@ use cloudletd::{
     config::Config,
     names::Digest,
     proto::{self, VolumeFormat},
+    units::{Bytes, MIB},
 };
 use tonic_types::StatusExt;
 
@@ -85,7 +86,12 @@ fn bootable() -> Vec<u8> {
 
 async fn daemon(kernels: &str) -> Daemon {
     let config = Config::parse(&format!("{PLATFORMS}\n{kernels}")).expect("a configuration");
-    Daemon::start_with(|own| (own.platforms, own.kernels) = (config.platforms, config.kernels)).await
+    Daemon::start_with(|own| {
+        (own.platforms, own.kernels) = (config.platforms, config.kernels);
+        // Room for what a partition table needs besides.
+        own.golden.size = Bytes(128 * MIB);
+    })
+    .await
 }
 
 /// An image that says it brings a kernel, of this tarball.
@@ -248,7 +254,7 @@ async fn an_image_with_an_init_only_starts_with_the_providers_kernel() {
     let digest_of = daemon.upload(&tarball()).await;
     let image = |init: &str| proto::CreateImageRequest {
         manifest_json: format!(
-            r#"{{"name": "small", "arch": "x86_64", "entry_points": {{"init": {init}}}, "boot": {{"cmdline": "init=/sbin/init"}}}}"#
+            r#"{{"name": "small", "arch": "x86_64", "entry_points": {{"init": {{"kernel": {init}}}}}, "boot": {{"cmdline": "init=/sbin/init"}}}}"#
         ),
         rootfs_digest: digest_of.clone(),
         rootfs_url: String::new(),

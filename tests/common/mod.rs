@@ -7,4 +7,5 @@ pub mod boot;
 pub mod daemon;
 pub mod fixture;
 pub mod leak;
+pub mod pygrub;
 pub mod rig;
