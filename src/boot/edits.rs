@@ -91,9 +91,7 @@ pub fn edits(inputs: &Inputs<'_>, claimed: &dyn Fn(&str) -> bool) -> Result<Boot
         written.write("/boot/grub/menu.lst", grub::menu_lst(&entries, root), "kernels for pygrub and pvgrub")?;
     }
     if matches!(inputs.facts.resolve("/etc/default/grub.d"), Some((_, node)) if node.kind == NodeKind::Directory) {
-        let consoles = console_arguments(inputs);
-        let text = format!("{}\nGRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX {consoles}\"\n", "# Written by cloudletd: the consoles of this machine.");
-        written.write("/etc/default/grub.d/90-cloudletd.cfg", text, "consoles, for the guest's own update-grub")?;
+        written.write("/etc/default/grub.d/90-cloudletd.cfg", grub_defaults(inputs), "consoles, for the guest's own update-grub")?;
     }
     let report = BootReport {
         kernel: first.kernel.clone(),
@@ -150,6 +148,16 @@ fn root_of(inputs: &Inputs<'_>, kernel: &Kernel) -> String {
 fn console_arguments(inputs: &Inputs<'_>) -> String {
     let arguments: Vec<&str> = platform::consoles(inputs.platforms).into_iter().map(|console| console.argument(inputs.arch)).collect();
     arguments.join(" ")
+}
+
+/// What the guest's own `grub-mkconfig` reads. Its menu would be drawn in graphics, which nobody sees on a serial line, and on a machine without a screen GRUB
+/// may wait for SeaBIOS for ever (seen with 2.06 and QEMU's `-nodefaults`).
+fn grub_defaults(inputs: &Inputs<'_>) -> String {
+    let mut text = "# Written by cloudletd: the consoles of this machine.\n".to_owned();
+    if platform::consoles(inputs.platforms).contains(&Console::Serial) {
+        text += "GRUB_TERMINAL=\"console serial\"\nGRUB_SERIAL_COMMAND=\"serial --unit=0 --speed=115200\"\n";
+    }
+    text + &format!("GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX {}\"\n", console_arguments(inputs))
 }
 
 fn usable(kernel: &Kernel, notes: &mut Vec<String>) -> bool {
@@ -318,6 +326,7 @@ mod tests {
         let paths: Vec<&str> = texts.iter().map(|(path, _)| path.as_str()).collect();
         assert_eq!(paths, ["/boot/grub/grub.cfg", "/boot/grub2/grub.cfg", "/boot/loader/entries/a.conf", "/etc/default/grub.d/90-cloudletd.cfg"]);
         assert_eq!(texts[2].1, format!("title A\noptions root=UUID={UUID} ro\n"));
+        assert!(texts[3].1.contains("\nGRUB_TERMINAL=\"console serial\"\n"), "{}", texts[3].1);
         assert!(texts[3].1.ends_with("GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX console=tty0 console=ttyS0,115200\"\n"));
     }
 
