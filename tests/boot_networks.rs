@@ -4,10 +4,15 @@
 
 mod common;
 
+use std::{
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
 use common::{
     boot::Start,
     daemon::Daemon,
-    rig::{MACS, call_ok, check, guest, image, render},
+    rig::{LOGIN_KEY, MACS, call_ok, check, config, guest, image, render, visited_guest},
 };
 use serde_json::json;
 
@@ -122,16 +127,57 @@ fn two_instances_of_one_image_are_two_machines() {
     assert_eq!(goldens["goldens"].as_array().map(Vec::len), Some(1), "{goldens:#}");
 }
 
+/// Runs a command in the guest whose SSH server is behind `port` as an operator would on first contact: only the lines of `known_hosts` are trusted. The
+/// proxy stands for the network: ssh itself is told the guest's own name or address.
+fn first_contact(port: u16, host: &str, known_hosts: &str, options: &[&str], key: &Path, command: &str) -> Output {
+    let known = key.with_file_name("known_hosts");
+    std::fs::write(&known, known_hosts).expect("write known_hosts");
+    let path = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let proxy = format!("ProxyCommand=/bin/busybox nc 127.0.0.1 {port}");
+    let known = format!("UserKnownHostsFile={}", path(&known));
+    let mut ssh = Command::new("/usr/bin/ssh");
+    ssh.args(["-F", "/dev/null", "-i", &path(key), "-o", &proxy, "-o", &known, "-o", "GlobalKnownHostsFile=/dev/null"]);
+    ssh.args(["-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=120"]);
+    ssh.args(options.iter().flat_map(|option| ["-o", option])).args([&format!("root@{host}"), command]);
+    ssh.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("run ssh: {error} (install openssh-client)"))
+}
+
+/// Also the first contact: who was given the mapping's known_hosts lines gets in without being asked, and nobody else's host key is taken.
 #[test]
-fn a_whole_boot_with_systemd_ends_configured_and_without_failed_units() {
+fn a_whole_boot_with_systemd_ends_configured_without_failed_units_and_known_to_ssh() {
     let fixture = "bookworm-networkd";
+    let scratch = tempfile::tempdir().expect("a directory");
+    let key = scratch.path().join("login");
+    let made = Command::new("/usr/bin/ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "operator", "-f"]).arg(&key).status();
+    assert!(made.expect("run ssh-keygen").success());
+    let public = std::fs::read_to_string(key.with_extension("pub")).expect("a public key");
     let daemon = Daemon::start("");
     let image = image(&daemon, fixture, &json!({}));
-    let rendered = render(&daemon, &image, "full-1", "QCOW2_OVERLAY", &json!({}));
+    let mut config = config("full-1");
+    config["authorized_keys"]["root"] = json!([LOGIN_KEY, public.trim()]);
+    let rendered = render(&daemon, &image, "full-1", "QCOW2_OVERLAY", &json!({"instance": {"name": "full-1", "configJson": config.to_string()}}));
     // The filesystem is found by the UUID of the mapping: it is this instance's own.
     let uuid = rendered.root()["filesystem"]["uuid"].as_str().expect("the mapping has the filesystem's UUID");
     let cmdline = format!("root=UUID={uuid} rw");
-    let report = guest(fixture, rendered.disk()).start(Start::Full).cmdline(&cmdline).boot();
+    let known_hosts = rendered.identity_lines("knownHosts").join("\n") + "\n";
+    assert_eq!(rendered.identity_lines("sshfp").len(), rendered.identity_lines("knownHosts").len());
+    let visit = |port: u16| {
+        // The guest's names with the login key where the host key should be: somebody else's machine.
+        let (names, _) = known_hosts.split_once(' ').expect("names and a key");
+        let other = format!("{names} {}\n", public.trim());
+        let refused = first_contact(port, "full-1.example.com", &other, &[], &key, "true");
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && said.contains("Host key verification failed"), "{said}");
+        for (host, options, command) in [
+            ("full-1.example.com", ["HostKeyAlgorithms=ecdsa-sha2-nistp256"], "cat /etc/machine-id"),
+            ("192.0.2.10", ["HostKeyAlgorithms=ssh-ed25519"], "cat /etc/machine-id; touch /run/boot/visited"),
+        ] {
+            let output = first_contact(port, host, &known_hosts, &options, &key, command);
+            assert!(output.status.success(), "{host}: {output:?}");
+            assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), rendered.answer["mapping"]["identity"]["machineId"], "{output:?}");
+        }
+    };
+    let report = visited_guest(fixture, rendered.disk()).start(Start::Full).cmdline(&cmdline).boot_visited(&visit);
     check(&report, &rendered, "full-1");
     assert_eq!(report.failed_units.as_deref(), Some(""), "{report:#?}");
 }

@@ -141,6 +141,8 @@ async fn every_format_gets_its_new_address_in_place_and_the_golden_is_only_read(
         assert_eq!((&new.machine_id, &new.ssh_fingerprints), (&old.machine_id, &old.ssh_fingerprints));
         assert_eq!(new.hostname, "moved.example.net");
         assert!(new.known_hosts[0].starts_with("moved.example.net,moved,198.51.100.77 ssh-"), "{:?}", new.known_hosts);
+        let renamed: Vec<String> = old.sshfp.iter().map(|line| line.replacen(&format!("{name}.example.com."), "moved.example.net.", 1)).collect();
+        assert!(!renamed.is_empty() && new.sshfp == renamed, "{:?} was {:?}", new.sshfp, old.sshfp);
         // Once more, with new host keys; and a look at it that changes nothing.
         let fresh = proto::ReconfigureVolumeRequest { fresh_host_keys: true, ..request.clone() };
         daemon.volumes.reconfigure_volume(fresh).await.expect("reconfigures");

@@ -166,6 +166,7 @@ pub fn mapping(mapping: &mapping::Mapping) -> proto::Mapping {
             hostname: identity.hostname.clone().unwrap_or_default(),
             ssh_fingerprints: identity.ssh_fingerprints.clone(),
             known_hosts: identity.known_hosts.clone(),
+            sshfp: identity.sshfp.clone(),
         }),
         nics: mapping.nics.iter().map(|nic| proto::Nic { name: nic.name.clone(), mac: nic.mac.to_string() }).collect(),
         injected_json: mapping.injected.to_string(),

@@ -3,7 +3,7 @@
 //! Private keys are 0600 and public ones 0644, both owned by root, as sshd(8) demands (`sshd` refuses private keys that others can read).
 //! The image's own keys are removed by `scrub`, so that no two instances share one (cloud-init #3268).
 
-use ssh_key::{Algorithm, EcdsaCurve, HashAlg, LineEnding, PrivateKey, private::RsaKeypair};
+use ssh_key::{Algorithm, EcdsaCurve, HashAlg, LineEnding, PrivateKey, PublicKey, private::RsaKeypair};
 
 use crate::{
     error::{Error, Result, Stage},
@@ -34,15 +34,6 @@ impl KeyType {
 
     fn path(self) -> String {
         format!("/etc/ssh/ssh_host_{}_key", self.name())
-    }
-
-    /// The algorithm's number in SSHFP records (RFC 4255, 6594, 7479).
-    fn sshfp(self) -> u8 {
-        match self {
-            KeyType::Rsa => 1,
-            KeyType::Ecdsa => 3,
-            KeyType::Ed25519 => 4,
-        }
     }
 }
 
@@ -80,7 +71,7 @@ pub fn write_host_keys(
         if dropbear {
             write_dropbear(plan, facts, &key)?;
         }
-        reports.push(report(kind, &key, &names, hostname)?);
+        reports.push(HostKeyReport::of(key.public_key(), &names, hostname)?);
     }
     if server {
         note_configured_keys(plan, facts, &reports);
@@ -135,22 +126,6 @@ fn write_dropbear(plan: &mut Plan<'_>, facts: &GuestFacts, key: &PrivateKey) -> 
     plan.write_as("/etc/dropbear/dropbear_ed25519_host_key", content, Attrs::root(0o600), "fresh SSH host key", Visibility::Secret)
 }
 
-fn report(kind: KeyType, key: &PrivateKey, names: &str, hostname: Option<&str>) -> Result<HostKeyReport> {
-    let public = key.public_key().to_openssh().map_err(failed(kind.name()))?;
-    // known_hosts has no comment: the first two fields of the public key.
-    let bare: Vec<&str> = public.split(' ').take(2).collect();
-    let fingerprint = key.fingerprint(HashAlg::Sha256);
-    let hex: String = fingerprint.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-    // A name with a domain is whole: without the dot a zone's own name would be added to it.
-    let owner = hostname.map(|name| if name.contains('.') { format!("{name}.") } else { name.to_owned() });
-    Ok(HostKeyReport {
-        algorithm: key.algorithm().as_str().to_owned(),
-        fingerprint: fingerprint.to_string(),
-        known_hosts: format!("{names} {}", bare.join(" ")),
-        sshfp: owner.map(|owner| format!("{owner} IN SSHFP {} 2 {hex}", kind.sshfp())),
-    })
-}
-
 /// One host key; the same identity gives the same key.
 fn host_key(identity: &Identity, kind: KeyType) -> Result<PrivateKey> {
     let name = kind.name();
@@ -199,7 +174,35 @@ fn note_configured_keys(plan: &mut Plan<'_>, facts: &GuestFacts, made: &[HostKey
     }
 }
 
+/// The algorithm's number in SSHFP records (RFC 4255, 6594, 7479); none for what they do not have.
+fn sshfp_number(algorithm: &Algorithm) -> Option<u8> {
+    match algorithm {
+        Algorithm::Rsa { .. } => Some(1),
+        Algorithm::Ecdsa { .. } => Some(3),
+        Algorithm::Ed25519 => Some(4),
+        _ => None,
+    }
+}
+
 impl HostKeyReport {
+    /// The account of a public key; `names` are the host part of its known_hosts line, `hostname` owns its DNS record.
+    pub fn of(key: &PublicKey, names: &str, hostname: Option<&str>) -> Result<Self> {
+        let algorithm = key.algorithm();
+        let public = key.to_openssh().map_err(failed(algorithm.as_str()))?;
+        // known_hosts has no comment: the first two fields of the public key.
+        let bare: Vec<&str> = public.split(' ').take(2).collect();
+        let fingerprint = key.fingerprint(HashAlg::Sha256);
+        let hex: String = fingerprint.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        // A name with a domain is whole: without the dot a zone's own name would be added to it.
+        let owner = hostname.map(|name| if name.contains('.') { format!("{name}.") } else { name.to_owned() });
+        Ok(HostKeyReport {
+            algorithm: algorithm.as_str().to_owned(),
+            fingerprint: fingerprint.to_string(),
+            known_hosts: format!("{names} {}", bare.join(" ")),
+            sshfp: owner.zip(sshfp_number(&algorithm)).map(|(owner, number)| format!("{owner} IN SSHFP {number} 2 {hex}")),
+        })
+    }
+
     fn is(&self, kind: KeyType) -> bool {
         let prefix = match kind {
             KeyType::Ed25519 => "ssh-ed25519",

@@ -166,6 +166,9 @@ pub struct GuestIdentity {
     pub ssh_fingerprints: Vec<String>,
     /// Lines for a `known_hosts` file.
     pub known_hosts: Vec<String>,
+    /// The keys as DNS records (RFC 4255), in a zone file's syntax. Mappings of older versions have none.
+    #[serde(default)]
+    pub sshfp: Vec<String>,
 }
 
 /// The buses a device can be shown on; decides its name in the guest.

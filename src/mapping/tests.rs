@@ -58,6 +58,7 @@ pub(super) fn mapping() -> Mapping {
             hostname: None,
             ssh_fingerprints: Vec::new(),
             known_hosts: Vec::new(),
+            sshfp: Vec::new(),
         },
         injected: serde_json::Value::Null,
         created_secs: 1_700_000_000,

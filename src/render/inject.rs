@@ -107,6 +107,7 @@ pub fn inject(
         edits,
         uuid: (filesystem_uuid != GoldenIds::of(&golden.record.key).filesystem).then(|| filesystem_uuid.into_bytes()),
         label: None,
+        sshfp: injection.report.ssh_host_keys.iter().filter_map(|key| key.sshfp.clone()).collect(),
         size_bytes: None,
         now,
     };

@@ -12,7 +12,7 @@
 use std::{collections::BTreeSet, fs::File, net::IpAddr, sync::Arc};
 
 use serde_json::Value;
-use ssh_key::{HashAlg, PublicKey};
+use ssh_key::PublicKey;
 
 use crate::{
     error::{Error, Kind, Result, Stage},
@@ -34,6 +34,7 @@ use crate::{
         config::{HostKeys, InstanceConfig, Secret},
         facts::GuestFacts,
         from_image::facts_of_image,
+        report::HostKeyReport,
         scrub::Operation,
         watch::Watch,
     },
@@ -277,7 +278,7 @@ impl Engine {
         let mut rows =
             vec![Row { pool: pool.to_string(), name: name.to_string(), mapping: mapping.clone(), seed: seed.map(|seed| seed.expose().to_vec()) }];
         for attached in self.store.catalog.volumes_of_root(pool.as_str(), name.as_str())? {
-            let identity = GuestIdentity { ssh_fingerprints: Vec::new(), known_hosts: Vec::new(), ..mapping.identity.clone() };
+            let identity = GuestIdentity { ssh_fingerprints: Vec::new(), known_hosts: Vec::new(), sshfp: Vec::new(), ..mapping.identity.clone() };
             let (pool, name) = attached.key();
             rows.push(Row { pool: pool.to_string(), name: name.to_string(), mapping: Mapping { identity, ..attached.mapping }, seed: None });
         }
@@ -402,21 +403,20 @@ fn recorded_args(facts: &GuestFacts) -> serde_json::Map<String, Value> {
 fn identity_of(record: &VolumeRecord, config: &InstanceConfig, report: &guest::report::Report, facts: &GuestFacts) -> GuestIdentity {
     let old = &record.mapping.identity;
     let hostname = report.hostname.clone().or_else(|| old.hostname.clone());
-    let (mut ssh_fingerprints, mut known_hosts) = (Vec::new(), Vec::new());
-    for key in &report.ssh_host_keys {
-        ssh_fingerprints.push(format!("{} {}", key.algorithm, key.fingerprint));
-        known_hosts.push(key.known_hosts.clone());
-    }
-    if report.ssh_host_keys.is_empty() {
+    let mut keys = report.ssh_host_keys.clone();
+    if keys.is_empty() {
         let names = known_names(old, config, hostname.as_deref());
-        for key in PUBLIC_KEYS.iter().filter_map(|path| PublicKey::from_openssh(facts.text(path)?).ok()) {
-            let Ok(text) = key.to_openssh() else { continue };
-            let bare: Vec<&str> = text.split(' ').take(2).collect();
-            ssh_fingerprints.push(format!("{} {}", key.algorithm().as_str(), key.fingerprint(HashAlg::Sha256)));
-            known_hosts.push(format!("{names} {}", bare.join(" ")));
-        }
+        let public = PUBLIC_KEYS.iter().filter_map(|path| PublicKey::from_openssh(facts.text(path)?).ok());
+        keys.extend(public.filter_map(|key| HostKeyReport::of(&key, &names, hostname.as_deref()).ok()));
     }
-    GuestIdentity { instance_uuid: old.instance_uuid.clone(), machine_id: report.machine_id.clone(), hostname, ssh_fingerprints, known_hosts }
+    GuestIdentity {
+        instance_uuid: old.instance_uuid.clone(),
+        machine_id: report.machine_id.clone(),
+        ssh_fingerprints: keys.iter().map(|key| format!("{} {}", key.algorithm, key.fingerprint)).collect(),
+        known_hosts: keys.iter().map(|key| key.known_hosts.clone()).collect(),
+        sshfp: keys.iter().filter_map(|key| key.sshfp.clone()).collect(),
+        hostname,
+    }
 }
 
 /// The host part of known_hosts lines: the names, and the new addresses, or those there were when the network is left alone.
@@ -456,6 +456,7 @@ mod tests {
             machine_id: String::new(),
             hostname: Some("a.example.com".into()),
             ssh_fingerprints: Vec::new(),
+            sshfp: Vec::new(),
             known_hosts: vec!["a.example.com,a,192.0.2.1,2001:db8::1 ssh-ed25519 AAAA".into()],
         };
         let config = crate::guest::decode::from_json(b"{}", Some(&"web1".parse().expect("name"))).expect("valid").config;

@@ -428,7 +428,7 @@ fn device_record(device: &ResolvedDevice, described: &Device, root: &VolumeRecor
         volume: described.volume.clone(),
         mapping: Mapping {
             devices: vec![Device { boot_order: 0, ..described.clone() }],
-            identity: GuestIdentity { ssh_fingerprints: Vec::new(), known_hosts: Vec::new(), ..root.mapping.identity.clone() },
+            identity: GuestIdentity { ssh_fingerprints: Vec::new(), known_hosts: Vec::new(), sshfp: Vec::new(), ..root.mapping.identity.clone() },
             injected: Value::Null,
             ..root.mapping.clone()
         },

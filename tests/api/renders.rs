@@ -32,6 +32,7 @@ async fn every_file_format_gives_the_same_disk_with_the_configuration_inside() {
         assert_eq!(cat(&raw, "/etc/machine-id").trim(), identity.machine_id);
         assert_eq!(identity.known_hosts.len(), identity.ssh_fingerprints.len());
         assert!(!identity.known_hosts.is_empty(), "the image has an SSH server");
+        assert_eq!(identity.sshfp.len(), identity.known_hosts.len(), "{:?}", identity.sshfp);
         assert!(cat(&raw, "/etc/shadow").starts_with("root:*:"));
         if format == VolumeFormat::Qcow2Overlay {
             let info = judge("qemu-img", &["info", "--output=json", path]);

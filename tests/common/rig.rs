@@ -131,6 +131,13 @@ impl Rendered {
         )
     }
 
+    /// Lines of the mapping's identity: `knownHosts`, `sshfp`, …
+    #[track_caller]
+    pub fn identity_lines(&self, key: &str) -> Vec<&str> {
+        let lines = self.answer["mapping"]["identity"][key].as_array().unwrap_or_else(|| panic!("the identity has no {key}"));
+        lines.iter().map(|line| line.as_str().expect("text")).collect()
+    }
+
     fn identity(&self, key: &str) -> &str {
         self.answer["mapping"]["identity"][key].as_str().expect("the mapping has the guest's identity")
     }
@@ -138,7 +145,15 @@ impl Rendered {
 
 /// A guest of `fixture` with the NICs that [`config`] is about, and the files that [`check`] reads.
 pub fn guest(fixture: &str, disk: Disk) -> Guest<'_> {
-    let guest = Guest::new(fixture, disk).nic(MACS[0]).nic(MACS[1]);
+    with_files(Guest::new(fixture, disk).nic(MACS[0]).nic(MACS[1]))
+}
+
+/// The same, and its SSH server can be reached.
+pub fn visited_guest(fixture: &str, disk: Disk) -> Guest<'_> {
+    with_files(Guest::new(fixture, disk).visited_nic(MACS[0]).nic(MACS[1]))
+}
+
+fn with_files(guest: Guest<'_>) -> Guest<'_> {
     guest.file("/etc/hosts").file("/root/.ssh/authorized_keys").file("/etc/ssh/ssh_host_ed25519_key").file("/etc/ssh/ssh_host_ed25519_key.pub")
 }
 

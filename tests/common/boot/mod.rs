@@ -108,6 +108,8 @@ enum Wire {
     Hub,
     /// QEMU's user network: a DHCP server at 10.0.2.2 that gives 10.0.2.15/24 and the resolver 10.0.2.3; no way out.
     Dhcp,
+    /// QEMU's user network as 192.0.2.0/24 with the router 192.0.2.1: what connects to this port of the loopback gets to port 22 of 192.0.2.10. No way out.
+    Visited(u16),
 }
 
 /// A guest to boot. Built by the methods, then [`Guest::boot`].
@@ -169,6 +171,13 @@ impl<'a> Guest<'a> {
         self
     }
 
+    /// Adds a NIC on a wire from which a visitor ([`Guest::boot_visited`]) can reach the SSH port of the guest's address 192.0.2.10.
+    pub fn visited_nic(mut self, mac: &str) -> Self {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("find a free port");
+        self.nics.push((mac.to_owned(), Wire::Visited(free.port())));
+        self
+    }
+
     /// Asks for a file's mode, owner and content. At most a kernel command line (2 KiB) of paths.
     pub fn file(mut self, path: &'a str) -> Self {
         self.files.push(path);
@@ -205,6 +214,18 @@ impl<'a> Guest<'a> {
     /// When QEMU or a fixture is missing, or the guest does not report in time; the message ends with the guest's console.
     #[track_caller]
     pub fn boot(&self) -> Report {
+        self.run(None)
+    }
+
+    /// The same, and calls `visit` with the port that leads to the guest's SSH server, when the guest has reported. The guest ends when a visitor has made
+    /// /run/boot/visited in it.
+    #[track_caller]
+    pub fn boot_visited(&self, visit: &dyn Fn(u16)) -> Report {
+        self.run(Some(visit))
+    }
+
+    #[track_caller]
+    fn run(&self, visit: Option<&dyn Fn(u16)>) -> Report {
         let began = Instant::now();
         let fixture = fixture::get(self.fixture);
         let scratch = tempfile::Builder::new().prefix("cloudletd-boot-").tempdir().expect("make a temporary directory");
@@ -233,7 +254,20 @@ impl<'a> Guest<'a> {
             .stderr(File::create(&errors).expect("make the error log"))
             .spawn()
             .unwrap_or_else(|error| panic!("run qemu-system-x86_64: {error} (install qemu-system-x86)"));
-        let outcome = wait(child, if self.start == Start::Fast { TIMEOUT_FAST } else { TIMEOUT_FULL });
+        let mut child = Running(child);
+        let deadline = began + if self.start == Start::Fast { TIMEOUT_FAST } else { TIMEOUT_FULL };
+        let visited = self.nics.iter().find_map(|(_, wire)| match wire {
+            Wire::Visited(port) => Some(*port),
+            Wire::Hub | Wire::Dhcp => None,
+        });
+        let mut outcome = Ok(());
+        if let (Some(visit), Some(port)) = (visit, visited) {
+            outcome = wait(&mut child, deadline, &|| text(&answers).lines().any(|line| line.starts_with("end ")));
+            if outcome.is_ok() {
+                visit(port);
+            }
+        }
+        let outcome = outcome.and_then(|()| wait(&mut child, deadline, &|| false));
         let log = format!("{}{}", text(&errors), text(&console));
         let raw = text(&answers);
         match outcome {
@@ -263,6 +297,9 @@ impl<'a> Guest<'a> {
                     words += &format!(" root={} rw", self.root_device);
                 }
             }
+        }
+        if self.nics.iter().any(|(_, wire)| matches!(wire, Wire::Visited(_))) {
+            words += &format!(" boot.visit={}", TIMEOUT_FULL.as_secs());
         }
         if !files.is_empty() {
             words += &format!(" boot.files={files}");
@@ -301,6 +338,10 @@ impl<'a> Guest<'a> {
             let backend = match wire {
                 Wire::Hub => format!("hubport,id=net{index},hubid={index}"),
                 Wire::Dhcp => format!("user,id=net{index},restrict=on"),
+                Wire::Visited(port) => format!(
+                    "user,id=net{index},restrict=on,ipv6=off,net=192.0.2.0/24,host=192.0.2.1,dns=192.0.2.53,dhcpstart=192.0.2.100,\
+                     hostfwd=tcp:127.0.0.1:{port}-192.0.2.10:22"
+                ),
             };
             qemu.args(["-netdev", &backend]);
             // No option ROM: nobody boots from the network here, and it may not be installed.
@@ -371,17 +412,25 @@ exec /sbin/init
     )
 }
 
-fn wait(mut child: Child, limit: Duration) -> Result<(), String> {
-    let deadline = Instant::now() + limit;
+/// A guest; stopped when it is dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It fails for one that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits until the guest has ended, or until `early` says that it has come far enough.
+fn wait(child: &mut Running, deadline: Instant, early: &dyn Fn() -> bool) -> Result<(), String> {
     loop {
-        match child.try_wait().expect("wait for qemu") {
+        match child.0.try_wait().expect("wait for qemu") {
             Some(status) if status.success() => return Ok(()),
             Some(status) => return Err(format!("qemu ended with {status}")),
-            None if Instant::now() > deadline => {
-                child.kill().expect("stop qemu");
-                child.wait().expect("wait for qemu");
-                return Err(format!("no report within {} s", limit.as_secs()));
-            }
+            None if Instant::now() > deadline => return Err("no report in time".to_owned()),
+            None if early() => return Ok(()),
             None => std::thread::sleep(Duration::from_millis(20)),
         }
     }

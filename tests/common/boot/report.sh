@@ -16,6 +16,7 @@ for word in $(cat /proc/cmdline); do
         boot.files=*) files=$(echo "${word#boot.files=}" | tr ',' ' ') ;;
         boot.settle=*) settle=${word#boot.settle=} ;;
         boot.mounts=*) mounts=${word#boot.mounts=} ;;
+        boot.visit=*) visit=${word#boot.visit=} ;;
     esac
 done
 settle=${settle:-60}
@@ -191,6 +192,7 @@ case "$(cat /proc/cmdline)" in
 esac
 # The mark that nothing is missing.
 echo complete | say end
+[ -z "$visit" ] || until_true "$visit" test -e /run/boot/visited || log "nobody came"
 if [ $$ -ne 1 ]; then
     systemctl poweroff --force --force
 fi
