@@ -28,6 +28,7 @@ pub mod golden;
 pub mod inject;
 pub mod jobs;
 mod machine;
+pub mod plan;
 pub mod prerender;
 pub mod reconfigure;
 mod recover;

@@ -25,7 +25,7 @@ use crate::{
         devices::{self, ResolvedDevice, content},
         golden::{GoldenIds, LoadedGolden, disk_plan, filesystem},
         inject::{self, Injected},
-        now_ms, now_secs,
+        now_ms, now_secs, plan,
         resolve::{Resolved, ResolvedRender},
     },
     spec::{JobSpec, RenderSpec},
@@ -63,7 +63,7 @@ pub struct Plan {
 
 /// The part of a plan that needs the golden image.
 pub struct ReadyPlan {
-    /// What would be injected, redacted.
+    /// The report that the render would give ([`plan::of_report`]), redacted.
     pub injected: Value,
     /// The edits.
     pub edits: Vec<Edit>,
@@ -106,7 +106,13 @@ impl Engine {
                 Some(golden) => {
                     let prepared = prepare(&resolved, render, &golden, size_bytes, &Progress::default())?;
                     let Prepared { injected, patch, .. } = prepared;
-                    Some(ReadyPlan { injected: injected.report, patch_blocks: patch.len() as u64, edits: injected.request.edits })
+                    let has_keys = render.replaces.as_ref().is_some_and(|record| record.seed.is_some());
+                    let keys = if has_keys { plan::HostKeys::Kept } else { plan::HostKeys::Drawn };
+                    Some(ReadyPlan {
+                        injected: plan::of_report(injected.report, keys),
+                        patch_blocks: patch.len() as u64,
+                        edits: injected.request.edits,
+                    })
                 }
                 None => None,
             };

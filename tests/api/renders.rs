@@ -139,7 +139,9 @@ async fn an_instance_may_be_larger_than_its_golden_and_have_a_partition_table() 
 async fn a_plan_shows_what_a_render_then_does_and_writes_nothing() {
     let mut daemon = Daemon::start().await;
     let image = daemon.image().await;
-    let wanted = spec(&image, "web1", VolumeFormat::Raw);
+    let mut wanted = spec(&image, "web1", VolumeFormat::Raw);
+    wanted.instance.as_mut().expect("set").files =
+        vec![proto::InjectedFile { path: "/etc/app/secret".into(), content: b"hunter2".to_vec(), mode: 0o600, ..Default::default() }];
     let request = proto::PlanRenderRequest { spec: Some(wanted.clone()) };
     let cold = daemon.renders.plan_render(request.clone()).await.expect("a plan").into_inner();
     assert!(!cold.golden_ready && cold.edits.is_empty());
@@ -151,14 +153,47 @@ async fn a_plan_shows_what_a_render_then_does_and_writes_nothing() {
     assert!(warm.golden_ready && warm.patch_blocks > 0);
     assert!(warm.edits.iter().any(|edit| edit.path == "/etc/network/interfaces"), "{:?}", warm.edits);
     assert_eq!(std::fs::read_dir(daemon.dir.join("pool")).expect("the pool").count(), 0);
-    daemon.render("key", wanted).await;
-    let report: serde_json::Value = serde_json::from_str(&daemon.mapping("web1").await.mapping.expect("a mapping").injected_json).expect("JSON");
+    daemon.render("key", wanted.clone()).await;
+    let report = injected(&mut daemon, "web1").await;
     let planned: serde_json::Value = serde_json::from_str(&warm.injected_json).expect("JSON");
-    let paths = |report: &serde_json::Value| {
-        report["changes"].as_array().expect("changes").iter().map(|change| change["path"].as_str().expect("a path").to_owned()).collect::<Vec<_>>()
-    };
-    assert_eq!(paths(&planned), paths(&report));
+    assert_eq!(as_planned(&planned, &report, true), planned, "the whole report, but for host keys and the time");
+    assert!(report["ssh_host_keys"][0]["fingerprint"].as_str().is_some_and(|print| print.starts_with("SHA256:")), "{report:#}");
+    // Rendered again the instance keeps its keys: there is nothing left to be decided but the time.
+    wanted.replace = true;
+    wanted.instance.as_mut().expect("set").hostname = "other.example.com".into();
+    let again = daemon.renders.plan_render(proto::PlanRenderRequest { spec: Some(wanted.clone()) }).await.expect("a plan").into_inner();
+    let planned: serde_json::Value = serde_json::from_str(&again.injected_json).expect("JSON");
+    daemon.render("again", wanted).await;
+    let second = injected(&mut daemon, "web1").await;
+    assert_eq!(as_planned(&planned, &second, false), planned);
+    assert_eq!(second["ssh_host_keys"][0]["fingerprint"], report["ssh_host_keys"][0]["fingerprint"]);
     daemon.stop().await;
+}
+
+async fn injected(daemon: &mut Daemon, name: &str) -> serde_json::Value {
+    serde_json::from_str(&daemon.mapping(name).await.mapping.expect("a mapping").injected_json).expect("JSON")
+}
+
+/// `report` with the plan's mark wherever the plan has it, which may be nowhere but at host keys that are drawn and at the record with the time.
+fn as_planned(planned: &serde_json::Value, report: &serde_json::Value, keys_are_drawn: bool) -> serde_json::Value {
+    const LATER: &str = "decided when rendered";
+    let mut report = report.clone();
+    let mut marked = 0;
+    for (index, change) in planned["changes"].as_array().expect("changes").iter().enumerate().filter(|(_, change)| change["content"] == LATER) {
+        let path = change["path"].as_str().expect("a path");
+        assert!(path == "/.cloudlet/applied_config" || (keys_are_drawn && path.ends_with("_key.pub")), "{change:#}");
+        assert!(report["changes"][index]["content"].as_str().is_some_and(|digest| digest.starts_with("sha256:")));
+        report["changes"][index]["content"] = LATER.into();
+        marked += 1;
+    }
+    let keys = report["ssh_host_keys"].as_array_mut().expect("keys");
+    assert_eq!(marked, if keys_are_drawn { 1 + keys.len() } else { 1 });
+    for key in keys.iter_mut().filter(|_| keys_are_drawn) {
+        for field in ["fingerprint", "known_hosts", "sshfp"] {
+            key[field] = LATER.into();
+        }
+    }
+    report
 }
 
 #[tokio::test(flavor = "multi_thread")]
