@@ -342,6 +342,26 @@ fn a_cloud_init_seed_is_written_for_one_instance_and_only_where_it_is_read() {
 }
 
 #[test]
+fn the_request_and_the_network_back_end_share_one_seed() {
+    let network = json!({"backend": "cloud-init", "interfaces": [{"name": "eth0", "addresses": ["192.0.2.10/24"]}]});
+    let seed = json!({"user_data": "#cloud-config\npackages: []\n", "meta_data": {"x": 1}});
+    let injection = with(&guest_trees::ubuntu_netplan(), json!({"hostname": "a.example.com", "network": network, "cloud_init": seed}));
+    let mut paths: Vec<String> = injection.edits.iter().map(|edit| edit.path.to_string()).collect();
+    let all = paths.len();
+    paths.sort_unstable();
+    paths.dedup();
+    assert_eq!(paths.len(), all, "nothing is written twice: {paths:#?}");
+    let meta: Value = serde_json::from_str(text(&injection, "/var/lib/cloud/seed/nocloud/meta-data")).expect("JSON");
+    assert_eq!((&meta["local-hostname"], &meta["x"]), (&json!("a.example.com"), &json!(1)));
+    assert!(meta["instance-id"].is_string());
+    assert!(text(&injection, "/var/lib/cloud/seed/nocloud/user-data").contains("packages"));
+    assert!(text(&injection, "/var/lib/cloud/seed/nocloud/network-config").contains("192.0.2.10/24"));
+    // What the back-end's own user-data would have said.
+    let settings = text(&injection, "/etc/cloud/cloud.cfg.d/99-cloudlet-identity.cfg");
+    assert!(settings.contains("preserve_hostname: true") && settings.contains("ssh_deletekeys: false"), "{settings}");
+}
+
+#[test]
 fn files_have_owners_by_name_and_extended_attributes() {
     let facts = guest_trees::debian_with_accounts();
     let injection = with(

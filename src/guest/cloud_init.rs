@@ -47,6 +47,9 @@ pub fn write_settings(plan: &mut Plan<'_>, facts: &GuestFacts, done: Done) -> Re
 ///
 /// meta-data is JSON, which is YAML. A new `instance-id` is what makes cloud-init run once for this instance. The list of datasources is narrowed to
 /// the seed's, so that the guest does not probe for metadata services for minutes.
+///
+/// With the network back-end `cloud-init` there is one seed, not two: its network-config and the request's documents. What the back-end's own meta-data and
+/// user-data say is said by the defaults here and by [`write_settings`].
 pub fn write_seed(plan: &mut Plan<'_>, facts: &GuestFacts, config: &InstanceConfig, identity: &Identity, hostname: Option<&str>) -> Result<()> {
     let Some(seed) = &config.setup.cloud_init else { return Ok(()) };
     if !is_installed(facts) {
@@ -65,7 +68,11 @@ pub fn write_seed(plan: &mut Plan<'_>, facts: &GuestFacts, config: &InstanceConf
     for (name, content) in
         [("meta-data", Value::Object(meta).to_string().as_bytes()), ("user-data", seed.user_data.expose()), ("vendor-data", vendor)]
     {
-        plan.write_as(&format!("{SEED}/{name}"), content, Attrs::root(0o600), why, Visibility::Secret)?;
+        let path = format!("{SEED}/{name}");
+        if plan.supersede(&path) {
+            plan.notes.push(format!("{path} is the request's: the network back-end adds its network-config to that seed"));
+        }
+        plan.write_as(&path, content, Attrs::root(0o600), why, Visibility::Secret)?;
     }
     plan.write("/etc/cloud/cloud.cfg.d/99-cloudlet-seed.cfg", "# Written by cloudletd.\ndatasource_list: [NoCloud, None]\n", 0o644, why)
 }

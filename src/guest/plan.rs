@@ -75,6 +75,13 @@ impl<'a> Plan<'a> {
         self.writes.push(Edit { path: path.clone(), op, why: "given in the request".into(), secret: true });
     }
 
+    /// Drops the write that is planned for `path`, for a part that writes a whole document in its place. Says whether there was one.
+    pub fn supersede(&mut self, path: &str) -> bool {
+        let before = self.writes.len();
+        self.writes.retain(|edit| edit.path.display() != path || !matches!(edit.op, EditOp::WriteFile { .. }));
+        self.writes.len() != before
+    }
+
     /// Makes a directory, or sets owner and mode of one that is there.
     pub fn make_dir(&mut self, path: &str, attrs: Attrs, why: impl Into<String>) -> Result<()> {
         self.push_write(path, EditOp::MakeDir { attrs }, why.into(), Visibility::Open)

@@ -285,6 +285,13 @@ async fn a_seed_is_a_read_only_volume_with_the_label_and_documents_of_its_format
         let catalogue = std::fs::read(daemon.dir.join("state/catalog.sqlite-wal")).expect("the catalogue's log");
         assert!(!mapping.mapping_json.contains("hunter2") && !catalogue.windows(7).any(|bytes| bytes == b"hunter2"));
     }
+    // One seed: cloud-init would choose between two by rules of its own.
+    let mut twice = spec(&image, "twice", VolumeFormat::Raw);
+    let seed = proto::SeedSpec { format: proto::SeedFormat::Nocloud as i32, ..Default::default() };
+    twice.devices = vec![proto::DeviceSpec { seed: Some(seed), ..device("", DeviceRole::Seed) }];
+    twice.instance.as_mut().expect("set").cloud_init = Some(proto::CloudInitSeed::default());
+    let refused = daemon.start_render("twice", twice).await.expect_err("two seeds");
+    assert!(refused.message().contains("instance has one seed"), "{}", refused.message());
     assert!(delete(&mut daemon, "seeded", false).await.expect("deleted"));
     assert_eq!(volumes(&mut daemon).await, ["driven", "driven-seed"]);
     daemon.stop().await;

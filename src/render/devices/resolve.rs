@@ -4,6 +4,7 @@ use crate::{
     disk::fat,
     error::{Error, Result, Stage},
     fs::FsKind,
+    guest::config::BackendKind,
     manifest::{self, Manifest},
     mapping::Role,
     names::{DeviceName, VolumeName},
@@ -47,7 +48,23 @@ pub fn resolve(engine: &Engine, manifest: &Manifest, spec: &RenderSpec) -> Resul
         return Err(wrong("spec.devices", format!("the instance would have {} devices beside its root, the limit is {DEVICES_MAX}", devices.len())));
     }
     distinct(spec, &devices)?;
+    one_seed(manifest, spec, &devices)?;
     Ok(devices)
+}
+
+/// A seed in the root filesystem and one on a volume would both say which instance it is, and cloud-init would take one or the other by its own rules: NoCloud
+/// merges them, a ConfigDrive is not looked at where the root's seed narrows the data sources.
+fn one_seed(manifest: &Manifest, spec: &RenderSpec, devices: &[ResolvedDevice]) -> Result<()> {
+    let Some(device) = devices.iter().find(|device| device.role == Role::Seed) else { return Ok(()) };
+    let network = spec.instance.network.as_ref();
+    let by_network = network.is_some_and(|network| network.backend.or(manifest.network_backend()) == Some(BackendKind::CloudInit));
+    let other = match (&spec.instance.setup.cloud_init, by_network) {
+        (Some(_), _) => "instance.cloud_init",
+        (None, true) => "the network back-end cloud-init",
+        (None, false) => return Ok(()),
+    };
+    Err(wrong(&device.field, format!("{other} puts a seed for cloud-init into the root filesystem already; an instance has one seed"))
+        .with_reason("SEED_TWICE"))
 }
 
 fn wrong(field: impl Into<String>, why: impl Into<String>) -> Error {
