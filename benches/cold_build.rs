@@ -99,6 +99,7 @@ fn compression(tarball: &Path) -> Result<Compression> {
 fn build(tarball: &Path, directory: &Path, size: Bytes, keep: bool) -> Result<serde_json::Value> {
     let spec = GoldenSpec {
         rootfs: Digest::of(tarball.as_os_str().as_encoded_bytes()),
+        prefix: None,
         volatile: Vec::new(),
         templates: Vec::new(),
         filesystem: FsKind::Ext4,

@@ -67,6 +67,11 @@ enum ManifestCommand {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Print the manifest of an LXD or Incus image, made of the metadata.yaml and templates in its tarball.
+    FromLxd {
+        /// The metadata tarball of a split image, or a unified tarball.
+        file: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -124,6 +129,10 @@ fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Manifest { command: ManifestCommand::Check { files } } => check_manifests(&files),
+        Command::Manifest { command: ManifestCommand::FromLxd { file } } => {
+            println!("{:#}", manifest::lxd::import::file(&file)?);
+            Ok(ExitCode::SUCCESS)
+        }
         Command::MountWorker => unreachable!("handled before"),
     }
 }

@@ -18,6 +18,7 @@ pub mod check;
 pub mod hint;
 mod id;
 pub mod json;
+pub mod lxd;
 mod read;
 pub mod schema;
 pub mod template;
@@ -62,6 +63,7 @@ pub struct Manifest {
     boot: BootSpec,
     devices: Vec<Device>,
     network_backend: Option<BackendKind>,
+    lxd: Vec<lxd::LxdTemplate>,
     document: Value,
     digest: Digest,
 }
@@ -110,6 +112,8 @@ pub struct Rootfs {
     pub size: Option<u64>,
     /// Media type, e.g. `application/vnd.oci.image.layer.v1.tar+zstd`; without it the first bytes tell.
     pub media_type: Option<String>,
+    /// Directory in the tarball that is the root of the tree; `None` when the tarball's own root is.
+    pub prefix: Option<GuestPath>,
 }
 
 /// `filesystem`: what is left out is decided by the host's configuration.
@@ -279,6 +283,11 @@ impl Manifest {
     /// Files of the image that are templates; each once, in order.
     pub fn templates(&self) -> &[GuestPath] {
         &self.templates
+    }
+
+    /// Templates of LXD and Incus, in the order of their paths.
+    pub fn lxd_templates(&self) -> &[lxd::LxdTemplate] {
+        &self.lxd
     }
 
     /// Files and directories that hold data to keep.

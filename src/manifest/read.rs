@@ -9,8 +9,9 @@ use self::fields::Fields;
 use super::{
     ChrootSpec, EntryPoints, KernelSpec, Manifest, Rootfs,
     args::Args,
-    canonical_digest,
+    canonical_digest, hint,
     json::{JsonError, element},
+    lxd::{self, LxdTemplate},
     volatile::Volatile,
 };
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
 };
 
 /// The fields of a manifest: first those of 2010.
-pub const FIELDS: [&str; 15] = [
+pub const FIELDS: [&str; 16] = [
     "name",
     "description",
     "author",
@@ -36,6 +37,7 @@ pub const FIELDS: [&str; 15] = [
     "boot",
     "devices",
     "network",
+    "lxd",
 ];
 /// Templates and persistent paths in a manifest.
 const PATHS_MAX: usize = 1024;
@@ -74,6 +76,7 @@ pub fn manifest(document: &Value) -> Result<Manifest> {
         filesystem,
         disk,
         network_backend: network(&mut problems, top.get("network")),
+        lxd: lxd_templates(&mut problems, top.get("lxd")),
         document: document.clone(),
         digest: canonical_digest(document),
         // Stand-ins are never seen: without these two there are problems.
@@ -143,13 +146,18 @@ fn kernel(problems: &mut Fields, given: &Value, field: &str) -> KernelSpec {
 
 fn rootfs(problems: &mut Fields, given: Option<&Value>) -> Option<Rootfs> {
     let field = "rootfs";
-    let known = ["url", "digest", "size", "media_type"];
+    let known = ["url", "digest", "size", "media_type", "prefix"];
     let given = problems.object(given?, field, &known)?;
     Some(Rootfs {
         url: problems.checked(given, field, "url", |text| url(text).map(|()| text.to_owned())),
         digest: problems.checked(given, field, "digest", str::parse::<Digest>),
         size: problems.size(given, field, "size", 1, 1).map(|size| size.0),
         media_type: problems.checked(given, field, "media_type", |text| media_type(text).map(|()| text.to_owned())),
+        prefix: problems.checked(given, field, "prefix", |text| match GuestPath::new(text) {
+            Ok(path) if path.display().chars().any(char::is_control) => Err("contains control characters".into()),
+            Ok(path) if path.is_root() => Err("must be a directory below the tarball's own root; leave it out for that".into()),
+            other => other,
+        }),
     })
 }
 
@@ -198,4 +206,30 @@ fn media_type(text: &str) -> std::result::Result<(), String> {
 fn network(problems: &mut Fields, given: Option<&Value>) -> Option<BackendKind> {
     let given = problems.object(given?, "network", &["backend"])?;
     problems.choice(given, "network", "backend", &BackendKind::ALL.map(|kind| (kind.name(), kind)))
+}
+
+fn lxd_templates(problems: &mut Fields, given: Option<&Value>) -> Vec<LxdTemplate> {
+    let field = "lxd";
+    let empty = Map::new();
+    let Some(given) = given.and_then(|given| problems.object(given, field, &["templates", "files"])) else { return Vec::new() };
+    let mut object = |key: &str| match given.get(key) {
+        None => &empty,
+        Some(Value::Object(members)) => members,
+        Some(other) => {
+            problems.add(format!("{field}.{key}"), format!("must be an object, not {}", hint::kind_of(other)));
+            &empty
+        }
+    };
+    let (templates, sources) = (object("templates"), object("files"));
+    let mut files = std::collections::BTreeMap::new();
+    for (name, source) in sources {
+        match source.as_str() {
+            Some(source) => drop(files.insert(name.clone(), source.to_owned())),
+            None => problems.add(format!("{field}.files[{name:?}]"), format!("must be a string, not {}", hint::kind_of(source))),
+        }
+    }
+    lxd::read(templates, &files).unwrap_or_else(|wrong| {
+        wrong.into_iter().for_each(|(at, why)| problems.add(format!("{field}.{at}"), why));
+        Vec::new()
+    })
 }

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{args::ARGS_LEN_MAX, template, volatile};
+use super::{args::ARGS_LEN_MAX, lxd, template, volatile};
 
 /// The schema's own identifier.
 pub const ID: &str = "urn:cloudletd:manifest:0.0.4";
@@ -53,7 +53,8 @@ pub fn schema() -> Value {
                     "description": "What the guest reads; default: found by looking at the image.",
                     "enum": crate::guest::config::BackendKind::ALL.map(crate::guest::config::BackendKind::name)
                 }
-            }))
+            })),
+            "lxd": lxd()
         },
         "patternProperties": {"^x-": {}},
         "additionalProperties": false,
@@ -127,6 +128,39 @@ fn rootfs() -> Value {
             "media_type": {
                 "description": "Media type, such as application/gzip or application/vnd.oci.image.layer.v1.tar+zstd. Default: the first bytes tell.",
                 "type": "string", "pattern": "^[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}$"
+            },
+            "prefix": {
+                "$ref": "#/$defs/path",
+                "description": "Directory in the tarball that is the root of the tree, such as /rootfs of LXD's unified tarballs. Default: the tarball's own root."
+            }
+        }),
+    )
+}
+
+fn lxd() -> Value {
+    let id = json!({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]{1,10}$"}]});
+    object(
+        "Templates of LXD and Incus, in the words of their metadata.yaml; `cloudletd manifest from-lxd` makes this of an image's tarball.",
+        json!({
+            "templates": {
+                "description": "By the path of the file that is written. What injection or the request writes is not overwritten.",
+                "type": "object", "maxProperties": lxd::TEMPLATES_MAX,
+                "additionalProperties": {
+                    "type": "object", "required": ["when", "template"], "additionalProperties": false,
+                    "properties": {
+                        "when": {"type": "array", "items": {"enum": lxd::Trigger::ALL.map(lxd::Trigger::name)}},
+                        "create_only": {"description": "A file that is there is left as it is.", "type": "boolean", "default": false},
+                        "template": {"description": "Name of one of files.", "type": "string"},
+                        "properties": {"type": ["object", "null"], "additionalProperties": {"type": ["string", "number", "boolean", "null"]}},
+                        "mode": {"description": "Octal.", "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-7]{1,4}$"}]},
+                        "uid": id, "gid": id
+                    }
+                }
+            },
+            "files": {
+                "description": format!("The templates by name, at most {} bytes each: {{{{ container.name }}}}, {{% if … %}}, config_get(\"user.key\", default), in \
+                    the part of pongo2 that published images use. args are user.….", template::SOURCE_LEN_MAX),
+                "type": "object", "additionalProperties": {"type": "string"}
             }
         }),
     )

@@ -38,7 +38,7 @@ use crate::{
     },
     target::{GoldenDisk, Pacer},
     tree::{
-        archive,
+        archive, below,
         collect::Collector,
         decompress::{self, Compression},
     },
@@ -401,17 +401,33 @@ fn stream_tree(
     let volatile = Volatile::compile(&spec.volatile)?;
     // The archive's filter can't fail; a pattern that does (too much backtracking) is remembered and fails the build at the end.
     let failure = std::cell::RefCell::new(None);
-    let filter = |path: &GuestPath| match volatile.matches(path) {
-        Ok(matches) => matches,
-        Err(error) => {
+    let prefix = spec.prefix.as_ref().map(GuestPath::new).transpose().map_err(|why| Error::internal(Stage::Golden, "rootfs.prefix", why))?;
+    let filter = |path: &GuestPath| {
+        let stripped = match &prefix {
+            Some(prefix) if below::is_beside(prefix, path) => return true,
+            Some(prefix) => below::strip(prefix, path),
+            None => None,
+        };
+        // The directories above the root are no part of the tree: the sink drops them.
+        let Some(path) = (if prefix.is_some() { stripped.as_ref() } else { Some(path) }) else { return false };
+        volatile.matches(path).unwrap_or_else(|error| {
             failure.borrow_mut().get_or_insert(error);
             true
-        }
+        })
     };
     let templates: Vec<GuestPath> = spec.templates.iter().filter_map(|path| GuestPath::new(path).ok()).collect();
     let watch = Watch::new(&templates);
     let mut collector = Collector::new(sink, &watch);
-    let summary = archive::read(&mut *input, &archive::Limits::default(), &filter, &mut collector, progress)?;
+    let limits = archive::Limits::default();
+    let summary = match &prefix {
+        None => archive::read(&mut *input, &limits, &filter, &mut collector, progress)?,
+        Some(prefix) => {
+            let mut below = below::Below::new(prefix.clone(), &mut collector);
+            let summary = archive::read(&mut *input, &limits, &filter, &mut below, progress)?;
+            below.finish()?;
+            summary
+        }
+    };
     if let Some(error) = failure.into_inner() {
         return Err(error);
     }

@@ -23,7 +23,7 @@ use crate::{
         report::Change,
         selinux::Labeller,
     },
-    manifest::apply,
+    manifest::{apply, lxd},
     mapping::GuestIdentity,
     names::{GuestPath, InstanceName},
     render::{
@@ -83,13 +83,18 @@ pub fn inject(
         guest::Inputs { facts: &golden.facts, config: &config, identity, claimed: &claimed, secret_args: &secret_args, fstab_root: Some(&root), now };
     let injection = guest::inject(&inputs)?;
     Labeller::of(&golden.facts, config.setup.selinux).0.label(&mut edits);
-    let templates = edits.iter().map(Change::of).map(serde_json::to_value).collect::<std::result::Result<Vec<Value>, _>>();
-    let templates = templates.map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
+    let mut templates = changes(&edits)?;
     edits.extend(injection.edits);
+    let lxd = lxd_edits(resolved, golden, &config, &edits)?;
+    templates.extend(changes(&lxd.edits)?);
+    edits.extend(lxd.edits);
     let boot = boot_edits(resolved, golden, filesystem_uuid, identity.disk_guid, &edits)?;
     edits.extend(boot.edits);
     let mut report =
         serde_json::to_value(&injection.report).map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
+    if let Some(notes) = report["notes"].as_array_mut() {
+        notes.extend(lxd.notes.into_iter().map(Value::String));
+    }
     if !templates.is_empty() {
         report["templates"] = Value::Array(templates);
     }
@@ -102,12 +107,12 @@ pub fn inject(
         hostname: injection.report.hostname.clone(),
         ssh_fingerprints: injection.report.ssh_host_keys.iter().map(|key| format!("{} {}", key.algorithm, key.fingerprint)).collect(),
         known_hosts: injection.report.ssh_host_keys.iter().map(|key| key.known_hosts.clone()).collect(),
+        sshfp: injection.report.ssh_host_keys.iter().filter_map(|key| key.sshfp.clone()).collect(),
     };
     let request = EditRequest {
         edits,
         uuid: (filesystem_uuid != GoldenIds::of(&golden.record.key).filesystem).then(|| filesystem_uuid.into_bytes()),
         label: None,
-        sshfp: injection.report.ssh_host_keys.iter().filter_map(|key| key.sshfp.clone()).collect(),
         size_bytes: None,
         now,
     };
@@ -137,6 +142,21 @@ fn mount_esp(golden: &LoadedGolden, disk: Uuid, mounts: &mut Mounts) {
         options: "umask=0077,nofail".to_owned(),
         pass: 0,
     });
+}
+
+fn changes(edits: &[Edit]) -> Result<Vec<Value>> {
+    let changes = edits.iter().map(Change::of).map(serde_json::to_value).collect::<std::result::Result<Vec<Value>, _>>();
+    changes.map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))
+}
+
+/// What the image's own templates write, in LXD's words, but for what is written already.
+fn lxd_edits(resolved: &Resolved, golden: &LoadedGolden, config: &InstanceConfig, others: &[Edit]) -> Result<lxd::Applied> {
+    let manifest = &resolved.image.manifest;
+    let has_secrets = config.args.keys().any(|name| manifest.is_secret_arg(name));
+    let instance = lxd::Instance { config, arch: &golden.record.spec.arch, has_secrets };
+    let mut applied = lxd::apply(manifest.lxd_templates(), &golden.facts, &instance, others)?;
+    Labeller::of(&golden.facts, config.setup.selinux).0.label(&mut applied.edits);
+    Ok(applied)
 }
 
 /// What makes the disk of this instance boot. What something else writes already is left to it.

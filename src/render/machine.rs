@@ -219,6 +219,7 @@ impl Known {
         let filesystem = self.root().and_then(|root| root.filesystem.as_ref());
         GoldenSpec {
             rootfs: Digest::of(b""),
+            prefix: None,
             volatile: Vec::new(),
             templates: Vec::new(),
             filesystem: filesystem.map(|filesystem| filesystem.kind).unwrap_or(crate::fs::FsKind::Ext4),

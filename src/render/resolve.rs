@@ -210,8 +210,14 @@ impl Engine {
         }
         let template = GoldenSpec {
             rootfs: Digest::of(b""),
+            prefix: manifest.rootfs().and_then(|rootfs| rootfs.prefix.as_ref()).map(ToString::to_string),
             volatile: manifest.volatile().to_vec(),
-            templates: manifest.templates().iter().map(ToString::to_string).collect(),
+            templates: manifest
+                .templates()
+                .iter()
+                .chain(manifest.lxd_templates().iter().map(|template| &template.path))
+                .map(ToString::to_string)
+                .collect(),
             filesystem,
             profile,
             label: manifest.label().unwrap_or_default().to_owned(),

@@ -37,6 +37,9 @@ pub struct ImageRecord {
 pub struct GoldenSpec {
     /// Digest of the tarball.
     pub rootfs: Digest,
+    /// Directory of the tarball that is the root of the tree, when it is not the tarball's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<String>,
     /// Patterns left out, in order.
     pub volatile: Vec<String>,
     /// Template paths whose content the facts keep, in order.
@@ -77,10 +80,10 @@ pub const GOLDEN_FORMAT: u32 = 2;
 impl GoldenSpec {
     /// The golden key: a hash of every field and of [`GOLDEN_FORMAT`].
     pub fn key(&self) -> Digest {
-        let GoldenSpec { rootfs, volatile, templates, filesystem, profile, label, bytes_per_inode, layout, size_bytes, arch, boot } = self;
+        let GoldenSpec { rootfs, prefix, volatile, templates, filesystem, profile, label, bytes_per_inode, layout, size_bytes, arch, boot } = self;
         let GoldenBoot { loaders: LoaderDigests { bios, efi }, kernel, initrd } = boot;
         let boot = serde_json::json!([bios, efi, kernel, initrd]);
-        let value = serde_json::json!([
+        let mut value = serde_json::json!([
             GOLDEN_FORMAT,
             rootfs,
             volatile,
@@ -94,6 +97,10 @@ impl GoldenSpec {
             arch,
             boot
         ]);
+        // Goldens from before there was a prefix keep their key.
+        if let (Some(prefix), Some(value)) = (prefix, value.as_array_mut()) {
+            value.push(prefix.clone().into());
+        }
         Digest::of(value.to_string().as_bytes())
     }
 }

@@ -4,6 +4,7 @@
 //! names become [`GuestPath`]s (no `..`, no NUL, bounded); they never become paths of the host. Symlink targets and xattr values are data.
 
 pub mod archive;
+pub mod below;
 pub mod collect;
 pub mod decompress;
 pub mod model;

@@ -2,7 +2,7 @@
 
 use cloudletd::proto::{self, VolumeFormat};
 
-use crate::support::{Daemon, cat, judge, spec, tarball};
+use crate::support::{Daemon, cat, judge, member, spec, tarball};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_file_format_gives_the_same_disk_with_the_configuration_inside() {
@@ -242,5 +242,54 @@ async fn templates_args_and_files_are_rendered_and_secrets_stay_out_of_every_rep
             assert!(!text.windows(secret.len()).any(|window| window == secret), "{what} holds a secret");
         }
     }
+    daemon.stop().await;
+}
+
+/// A unified tarball of LXD: the same tree below `rootfs/`, and templates of the image.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_lxd_is_rendered_with_its_templates() {
+    let mut unified = tar::Builder::new(Vec::new());
+    let metadata = b"architecture: x86_64\ntemplates:\n  /etc/hostname: {when: [create], template: name.tpl}\n  \
+        /etc/issue: {when: [create, start], template: issue.tpl}\n  /opt/made: {when: [create], template: name.tpl}\n";
+    member(&mut unified, "metadata.yaml", tar::EntryType::Regular, 0o644, metadata);
+    member(&mut unified, "templates/name.tpl", tar::EntryType::Regular, 0o644, b"{{ container.name }}\n");
+    let issue = b"{% if config_get(\"user.greeting\", \"\") == \"\" %}none{% else %}{{ config_get(\"user.greeting\", \"\") }}{% endif %} on {{ instance.type }}\n";
+    member(&mut unified, "templates/issue.tpl", tar::EntryType::Regular, 0o644, issue);
+    member(&mut unified, "rootfs", tar::EntryType::Directory, 0o755, b"");
+    let tree = tarball();
+    for entry in tar::Archive::new(&tree[..]).entries().expect("a tarball") {
+        let mut entry = entry.expect("an entry");
+        let path = format!("rootfs/{}", entry.path().expect("a path").display());
+        let mut content = Vec::new();
+        std::io::Read::read_to_end(&mut entry, &mut content).expect("read");
+        let header = entry.header();
+        member(&mut unified, &path, header.entry_type(), header.mode().expect("a mode"), &content);
+    }
+    let unified = unified.into_inner().expect("a tarball");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), &unified).expect("write");
+    let mut manifest = cloudletd::manifest::lxd::import::file(file.path()).expect("a manifest");
+    assert_eq!(manifest["rootfs"]["prefix"], "/rootfs");
+    manifest["args"] = serde_json::json!({"greeting": {"type": "string"}});
+
+    let mut daemon = Daemon::start().await;
+    let digest = daemon.upload(&unified).await;
+    let image = daemon.image_of(&digest, &manifest.to_string()).await;
+    let mut wanted = spec(&image, "web1", VolumeFormat::Raw);
+    let greeting = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue("hello {{ x }}".into())) };
+    wanted.instance.as_mut().expect("set").args = Some(prost_types::Struct { fields: [("greeting".to_owned(), greeting)].into() });
+    daemon.render("key", wanted).await;
+    let mapping = daemon.mapping("web1").await.mapping.expect("a mapping");
+    let path = mapping.devices[0].volume.as_ref().expect("a volume").path.clone();
+    judge("e2fsck", &["-fn", &path]);
+    assert_eq!(cat(&path, "/etc/issue"), "hello {{ x }} on virtual-machine\n");
+    assert_eq!(cat(&path, "/opt/made"), "web1\n");
+    assert!(judge("debugfs", &["-R", "stat /usr/bin/program", &path]).contains("Size: 3145728"));
+    assert!(cat(&path, "/etc/network/interfaces").contains("192.0.2.10"));
+    assert_eq!(cat(&path, "/metadata.yaml"), "");
+    assert_eq!(cat(&path, "/etc/hostname"), "web1\n", "Debian's habit");
+    let report = injected(&mut daemon, "web1").await;
+    assert!(report["notes"].to_string().contains("gives way to what is configured here: /etc/hostname"), "{report:#}");
+    assert_eq!(report["templates"].as_array().map(Vec::len), Some(2), "{report:#}");
     daemon.stop().await;
 }

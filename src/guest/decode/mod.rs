@@ -41,7 +41,7 @@
 //! `content_base64` stands for `content` where it is not text; a file may have `user` and `group` by name, and `xattrs` by name, in base64. And the form of 2010 (`legacy`), recognised by its `ip` or `dns`.
 
 mod cursor;
-mod document;
+pub(crate) mod document;
 mod legacy;
 mod network;
 mod setup;

@@ -10,6 +10,7 @@ mod v2;
 mod yaml;
 
 use serde_json::Value;
+pub(crate) use yaml::value as yaml_value;
 
 use super::cursor::Cursor;
 use crate::{

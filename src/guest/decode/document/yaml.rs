@@ -30,7 +30,7 @@ struct Builder {
 }
 
 /// Parses one document. The error names line and column.
-pub(super) fn value(text: &str) -> Result<Value, String> {
+pub(crate) fn value(text: &str) -> Result<Value, String> {
     let mut builder = Builder::default();
     let mut parser = Parser::new_from_str(text);
     let mut documents = 0;
