@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result, Stage},
     fs::edit::Attrs,
     guest::{
-        config::{Bond, Bridge, InstanceConfig, Interface, LinkKind, Network, Route, Vlan},
+        config::{Bond, Bridge, Cidr, InstanceConfig, Interface, LinkKind, Network, Route, Rule, Vlan},
         plan::Plan,
     },
     units::Timestamp,
@@ -115,6 +115,7 @@ fn interface_value(interface: &Interface) -> Value {
         gateway6,
         metric,
         routes,
+        rules,
         dhcp4,
         dhcp6,
         accept_ra,
@@ -133,6 +134,7 @@ fn interface_value(interface: &Interface) -> Value {
         "gateway6": gateway6,
         "metric": metric,
         "routes": routes.iter().map(route_value).collect::<Vec<_>>(),
+        "rules": rules.iter().map(rule_value).collect::<Vec<_>>(),
         "dhcp4": dhcp4,
         "dhcp6": dhcp6,
         "accept_ra": accept_ra,
@@ -171,6 +173,12 @@ fn interface_value(interface: &Interface) -> Value {
 fn route_value(route: &Route) -> Value {
     let Route { to, via, kind, metric, table, on_link } = route;
     json!({"to": to.to_string(), "via": via, "type": kind.name(), "metric": metric, "table": table, "on_link": on_link})
+}
+
+fn rule_value(rule: &Rule) -> Value {
+    let Rule { from, to, table, priority, mark } = rule;
+    let text = |cidr: &Option<Cidr>| cidr.map(|cidr| cidr.to_string());
+    json!({"from": text(from), "to": text(to), "table": table, "priority": priority, "mark": mark})
 }
 
 #[cfg(test)]

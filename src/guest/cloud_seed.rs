@@ -140,6 +140,9 @@ fn network_data(network: &Network, macs: &BTreeMap<String, MacAddr>) -> Result<V
     let mut links = Vec::new();
     let mut networks = Vec::new();
     for interface in &network.interfaces {
+        if !interface.rules.is_empty() {
+            return Err(unsupported(interface, "routing rules"));
+        }
         links.push(link(interface, macs)?);
         networks_of(interface, &mut networks)?;
     }

@@ -133,6 +133,8 @@ pub struct Interface {
     pub metric: Option<u32>,
     /// Further routes.
     pub routes: Vec<Route>,
+    /// Routing rules that go with the interface.
+    pub rules: Vec<Rule>,
     /// DHCP for IPv4.
     pub dhcp4: bool,
     /// DHCP for IPv6.
@@ -166,6 +168,7 @@ impl Interface {
             gateway6: None,
             metric: None,
             routes: Vec::new(),
+            rules: Vec::new(),
             dhcp4: false,
             dhcp6: false,
             accept_ra: None,
@@ -203,6 +206,41 @@ pub struct Route {
     pub table: Option<u32>,
     /// The next hop is on the link although no address contains it.
     pub on_link: bool,
+}
+
+/// A routing rule: which packets use which table (ip-rule(8)). At least one of `from` and `to` is given; they are of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule {
+    /// Source network.
+    pub from: Option<Cidr>,
+    /// Destination network.
+    pub to: Option<Cidr>,
+    /// The routing table.
+    pub table: u32,
+    /// Rules are tried in the order of their priorities, the lowest first; `None` is before the main table's (32766).
+    pub priority: Option<u32>,
+    /// The mark that a packet has to have.
+    pub mark: Option<u32>,
+}
+
+impl Rule {
+    /// Whether it is one of IPv6.
+    pub fn is_ipv6(&self) -> bool {
+        self.from.or(self.to).is_some_and(|cidr| cidr.address.is_ipv6())
+    }
+
+    /// What `ip rule add` takes, but for the family.
+    pub fn words(&self) -> String {
+        let Rule { from, to, table, priority, mark } = self;
+        let mut words = Vec::new();
+        for (word, cidr) in [("from", from), ("to", to)] {
+            words.extend(cidr.map(|cidr| format!("{word} {cidr}")));
+        }
+        words.extend(mark.map(|mark| format!("fwmark {mark}")));
+        words.push(format!("table {table}"));
+        words.extend(priority.map(|priority| format!("priority {priority}")));
+        words.join(" ")
+    }
 }
 
 /// The guest network configurations that can be written.

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Result, Stage, Violation},
     guest::{
         accounts::check_crypt_hash,
-        config::{Cidr, InstanceConfig, Interface, LinkKind, Network, Route, RouteKind},
+        config::{Cidr, InstanceConfig, Interface, LinkKind, Network, Route, RouteKind, Rule},
         machine_id::check_machine_id,
         network::is_link_local,
         plan::printable,
@@ -27,6 +27,10 @@ use crate::{
 pub const INTERFACES_MAX: usize = 64;
 /// Addresses of one instance.
 pub const ADDRESSES_MAX: usize = 256;
+/// Routing rules of one instance.
+const RULES_MAX: usize = 64;
+/// Priorities of rules before the main table's, which is 32766.
+const RULE_PRIORITY_MAX: u32 = 32765;
 /// Routes of one instance, default routes not counted.
 pub const ROUTES_MAX: usize = 256;
 /// Resolvers in one list.
@@ -172,6 +176,7 @@ fn network_checks(checks: &mut Checks, network: &Network) {
     checks.limit("network.interfaces", interfaces.len(), INTERFACES_MAX);
     checks.limit("network.interfaces", interfaces.iter().map(|interface| interface.addresses.len()).sum(), ADDRESSES_MAX);
     checks.limit("network.interfaces", interfaces.iter().map(|interface| interface.routes.len()).sum(), ROUTES_MAX);
+    checks.limit("network.interfaces", interfaces.iter().map(|interface| interface.rules.len()).sum(), RULES_MAX);
     dns_checks(checks, "network", &network.nameservers, network.search.len());
     for (index, server) in network.nameservers.iter().enumerate() {
         if is_link_local(*server) {
@@ -242,6 +247,13 @@ fn interface_checks(checks: &mut Checks, field: &str, interface: &Interface) {
     if let Some(gateway) = interface.gateway6 {
         let dynamic = interface.dhcp6 || interface.accept_ra == Some(true);
         gateway_checks(checks, &format!("{field}.gateway6"), interface, gateway.into(), dynamic);
+    }
+    for (index, rule) in interface.rules.iter().enumerate() {
+        let field = format!("{field}.rules[{index}]");
+        rule_checks(checks, &field, rule);
+        if interface.rules[..index].contains(rule) {
+            checks.add(field, "is there twice");
+        }
     }
     for (index, route) in interface.routes.iter().enumerate() {
         route_checks(checks, &format!("{field}.routes[{index}]"), interface, route);
@@ -314,6 +326,32 @@ fn gateway_checks(checks: &mut Checks, field: &str, interface: &Interface, gatew
     }
     if !dynamic && interface.family(gateway.is_ipv6()).next().is_none() {
         checks.add(field, format!("{gateway} is of no use: the interface has no address of that family"));
+    }
+}
+
+fn rule_checks(checks: &mut Checks, field: &str, rule: &Rule) {
+    match (rule.from, rule.to) {
+        (None, None) => checks.add(field, "needs from or to: without them every packet would use the table"),
+        (Some(from), Some(to)) if from.address.is_ipv4() != to.address.is_ipv4() => {
+            checks.add(format!("{field}.to"), format!("{to} is of another family than {from}"));
+        }
+        _ => {}
+    }
+    for (name, cidr) in [("from", rule.from), ("to", rule.to)] {
+        let Some(cidr) = cidr else { continue };
+        let (max, host_bits) = match cidr.address {
+            IpAddr::V4(v4) => (32, !is_network(v4, cidr.prefix)),
+            IpAddr::V6(v6) => (128, u128::from(v6) & u128::MAX.checked_shr(u32::from(cidr.prefix)).unwrap_or(0) != 0),
+        };
+        if cidr.prefix > max || host_bits {
+            checks.add(format!("{field}.{name}"), format!("{cidr} is no network: its prefix length is wrong, or bits are set beyond it"));
+        }
+    }
+    if rule.table == 0 {
+        checks.add(format!("{field}.table"), "0 is no routing table");
+    }
+    if rule.priority.is_some_and(|priority| !(1..=RULE_PRIORITY_MAX).contains(&priority)) {
+        checks.add(format!("{field}.priority"), format!("must be 1 to {RULE_PRIORITY_MAX}"));
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result, Stage},
     guest::{
         self,
-        config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Vlan},
+        config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Rule, Vlan},
     },
     proto,
 };
@@ -56,6 +56,7 @@ fn interface(field: &str, message: &proto::Interface) -> Result<Interface> {
         gateway6: gateway("gateway6", &message.gateway6).map(|(field, text)| address(&field, &text)).transpose()?,
         metric: message.metric,
         routes: list(&at("routes"), &message.routes, route)?,
+        rules: list(&at("rules"), &message.rules, rule)?,
         dhcp4: message.dhcp4,
         dhcp6: message.dhcp6,
         accept_ra: message.accept_ra,
@@ -108,6 +109,17 @@ fn route(field: &str, message: &proto::Route) -> Result<Route> {
         metric: message.metric,
         table: message.table,
         on_link: message.on_link,
+    })
+}
+
+fn rule(field: &str, message: &proto::RoutingRule) -> Result<Rule> {
+    let network = |name: &str, text: &str| if text.is_empty() { Ok(None) } else { cidr(&format!("{field}.{name}"), text).map(Some) };
+    Ok(Rule {
+        from: network("from", &message.from)?,
+        to: network("to", &message.to)?,
+        table: message.table,
+        priority: message.priority,
+        mark: message.mark,
     })
 }
 

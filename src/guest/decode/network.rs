@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    guest::config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Vlan},
+    guest::config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Rule, Vlan},
 };
 
 /// The network: typed, or as a document of netplan or cloud-init (text, or the document itself as JSON).
@@ -41,6 +41,7 @@ fn interface(cursor: Cursor<'_>) -> Result<Interface> {
     interface.gateway6 = fields.optional("gateway6", Cursor::parse)?;
     interface.metric = fields.optional("metric", Cursor::number)?;
     interface.routes = fields.optional("routes", |cursor| cursor.list(route))?.unwrap_or_default();
+    interface.rules = fields.optional("rules", |cursor| cursor.list(rule))?.unwrap_or_default();
     interface.dhcp4 = fields.optional("dhcp4", Cursor::boolean)?.unwrap_or_default();
     interface.dhcp6 = fields.optional("dhcp6", Cursor::boolean)?.unwrap_or_default();
     interface.accept_ra = fields.optional("accept_ra", Cursor::boolean)?;
@@ -122,6 +123,19 @@ fn route(cursor: Cursor<'_>) -> Result<Route> {
     };
     fields.finish()?;
     Ok(route)
+}
+
+fn rule(cursor: Cursor<'_>) -> Result<Rule> {
+    let mut fields = cursor.fields()?;
+    let rule = Rule {
+        from: fields.optional("from", cidr)?,
+        to: fields.optional("to", cidr)?,
+        table: fields.required("table", Cursor::number)?,
+        priority: fields.optional("priority", Cursor::number)?,
+        mark: fields.optional("mark", Cursor::number)?,
+    };
+    fields.finish()?;
+    Ok(rule)
 }
 
 fn default_route(v6: bool, cursor: &Cursor<'_>) -> Result<Cidr> {

@@ -59,7 +59,10 @@ impl NetRenderer for CloudInit {
         });
         // Found by its own net-convert: the prefix length 0 counts as none.
         let warning = "an IPv6 default route with a metric or off-subnet is a route to ::/0, which cloud-init up to 22.4 takes for ::/64";
-        let warnings = by_route.then(|| warning.to_owned()).into_iter().collect();
+        let mut warnings: Vec<String> = by_route.then(|| warning.to_owned()).into_iter().collect();
+        if network.interfaces.iter().any(|interface| !interface.rules.is_empty()) {
+            warnings.push("cloud-init hands routing rules on to netplan only; its other renderers leave them out".into());
+        }
         Ok(Rendered { files, notes, warnings, ..Rendered::default() })
     }
 }

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use crate::{
     error::{Error, Kind, Result, Stage},
     guest::{
-        config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, RouteKind},
+        config::{BackendKind, Bond, Bridge, Cidr, Interface, LinkKind, Network, RouteKind, Rule},
         enablement::{State, init_script_links, unit_state},
         facts::GuestFacts,
         network::{Guest, GuestFile, GuestLink, NetRenderer, Presence, Rendered, is_link_local, shell},
@@ -47,7 +47,9 @@ impl NetRenderer for Ifcfg {
 
     fn owns(&self, path: &str) -> bool {
         let name = path.strip_prefix(DIRECTORY).and_then(|rest| rest.strip_prefix('/'));
-        name.is_some_and(|name| ["ifcfg-", "route-", "route6-"].iter().any(|prefix| name.starts_with(prefix)) && name != "ifcfg-lo")
+        name.is_some_and(|name| {
+            ["ifcfg-", "route-", "route6-", "rule-", "rule6-"].iter().any(|prefix| name.starts_with(prefix)) && name != "ifcfg-lo"
+        })
     }
 
     fn render(&self, network: &Network, guest: &Guest<'_>) -> Result<Rendered> {
@@ -77,6 +79,14 @@ impl NetRenderer for Ifcfg {
             }
             for (v6, prefix) in [(false, "route"), (true, "route6")] {
                 let lines = routes(interface, v6);
+                if !lines.is_empty() {
+                    let file = format!("{prefix}-{name}");
+                    add(&file, shell::lines(&file, &lines)?);
+                }
+            }
+            for (v6, prefix) in [(false, "rule"), (true, "rule6")] {
+                // Arguments of `ip rule add`.
+                let lines: Vec<String> = interface.rules.iter().filter(|rule| rule.is_ipv6() == v6).map(Rule::words).collect();
                 if !lines.is_empty() {
                     let file = format!("{prefix}-{name}");
                     add(&file, shell::lines(&file, &lines)?);

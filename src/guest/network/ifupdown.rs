@@ -255,6 +255,11 @@ fn family_stanzas(interface: &Interface, v6: bool, flavour: Flavour) -> Vec<Stan
         default_route(&mut commands, interface, gateway);
     }
     extra_routes(&mut commands, interface, v6);
+    let ip = if v6 { "ip -6 rule" } else { "ip rule" };
+    for rule in interface.rules.iter().filter(|rule| rule.is_ipv6() == v6) {
+        commands.push(format!("up {ip} add {}", rule.words()));
+        commands.push(format!("down {ip} del {}", rule.words()));
+    }
     match stanzas.last_mut() {
         Some(last) => last.lines.extend(commands),
         None if !commands.is_empty() => {

@@ -85,6 +85,7 @@ fn check(interface: &Interface) -> Result<()> {
         (interface.accept_ra.is_some() || interface.ipv6_privacy.is_some() || interface.link_local.is_some(), "settings of IPv6"),
         (interface.dhcp4 && interface.family(false).next().is_some(), "DHCP together with a static address"),
         (!interface.routes.is_empty(), "routes"),
+        (!interface.rules.is_empty(), "routing rules"),
         (interface.metric.is_some(), "a metric"),
         (interface.mtu.is_some(), "an MTU"),
     ];

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use crate::{
     error::{Error, Kind, Result, Stage},
     guest::{
-        config::{BackendKind, Interface, LinkKind, Network, RouteKind},
+        config::{BackendKind, Interface, LinkKind, Network, RouteKind, Rule},
         enablement::init_script_links,
         facts::GuestFacts,
         network::{Guest, GuestFile, GuestLink, LinkDns, NetRenderer, Presence, Rendered, link_dns, shell::ShellFile},
@@ -162,6 +162,12 @@ fn variables(file: &mut ShellFile, network: &Network, interface: &Interface, dns
     }
     file.set_lines(&format!("config_{own}"), &config);
     file.set_lines(&format!("routes_{own}"), &routes(interface));
+    for (v6, variable) in [(false, "rules"), (true, "rules6")] {
+        let rules: Vec<String> = interface.rules.iter().filter(|rule| rule.is_ipv6() == v6).map(Rule::words).collect();
+        if !rules.is_empty() {
+            file.set_lines(&format!("{variable}_{own}"), &rules);
+        }
+    }
     if let Some(metric) = interface.metric {
         file.set(&format!("metric_{own}"), metric);
     }

@@ -144,10 +144,33 @@ fn link(yaml: &mut Yaml, network: &Network, interface: &Interface, dns: &LinkDns
     }
     yaml.list(2, "addresses", interface.addresses.iter().map(ToString::to_string));
     routes(yaml, interface, reader);
+    rules(yaml, interface);
     if !dns.servers.is_empty() || !dns.search.is_empty() {
         yaml.line(2, "nameservers:");
         yaml.list(3, "addresses", dns.servers.iter().map(ToString::to_string));
         yaml.list(3, "search", dns.search.iter().map(ToString::to_string));
+    }
+}
+
+fn rules(yaml: &mut Yaml, interface: &Interface) {
+    if interface.rules.is_empty() {
+        return;
+    }
+    yaml.line(2, "routing-policy:");
+    for rule in &interface.rules {
+        let mut dash = "- ";
+        for (key, cidr) in [("from", rule.from), ("to", rule.to)] {
+            if let Some(cidr) = cidr {
+                let level = if dash.is_empty() { 4 } else { 3 };
+                yaml.line(level, &format!("{}{key}: {}", std::mem::take(&mut dash), quote(&cidr.to_string())));
+            }
+        }
+        yaml.line(4, &format!("table: {}", rule.table));
+        for (key, value) in [("priority", rule.priority), ("mark", rule.mark)] {
+            if let Some(value) = value {
+                yaml.line(4, &format!("{key}: {value}"));
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use crate::{
     error::{Error, Kind, Result, Stage},
     guest::{
-        config::{BackendKind, Bond, Bridge, Interface, LinkKind, Network, RouteKind, Vlan},
+        config::{BackendKind, Bond, Bridge, Interface, LinkKind, Network, RouteKind, Rule, Vlan},
         enablement::{State, unit_state},
         facts::GuestFacts,
         network::{Guest, GuestFile, GuestLink, LinkDns, NetRenderer, Presence, Rendered, ini::Ini, link_dns},
@@ -246,6 +246,11 @@ fn addresses_and_routes(ini: &mut Ini, interface: &Interface, v6: bool) {
             options.push(format!("type={}", extra.kind.name()));
         }
         route(ini, value, options);
+    }
+    // NetworkManager wants a priority (nm-settings-keyfile(5)); the kernel gives the last before the main table's to a rule without.
+    for (index, rule) in interface.rules.iter().filter(|rule| rule.is_ipv6() == v6).enumerate() {
+        let rule = Rule { priority: rule.priority.or(Some(32765)), ..*rule };
+        ini.set(&format!("routing-rule{}", index + 1), rule.words());
     }
 }
 

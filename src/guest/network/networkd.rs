@@ -230,4 +230,19 @@ fn routes(ini: &mut Ini, interface: &Interface) {
             ini.set("Table", table);
         }
     }
+    for rule in &interface.rules {
+        ini.section("RoutingPolicyRule");
+        for (key, cidr) in [("From", rule.from), ("To", rule.to)] {
+            if let Some(cidr) = cidr {
+                ini.set(key, cidr);
+            }
+        }
+        if let Some(mark) = rule.mark {
+            ini.set("FirewallMark", mark);
+        }
+        ini.set("Table", rule.table);
+        if let Some(priority) = rule.priority {
+            ini.set("Priority", priority);
+        }
+    }
 }

@@ -52,7 +52,7 @@ impl NetRenderer for Wicked {
 
     fn owns(&self, path: &str) -> bool {
         let name = path.strip_prefix(DIRECTORY).and_then(|rest| rest.strip_prefix('/'));
-        name.is_some_and(|name| ["ifcfg-", "ifroute-", "ifsysctl-"].iter().any(|prefix| name.starts_with(prefix)) && name != "ifcfg-lo")
+        name.is_some_and(|name| ["ifcfg-", "ifroute-", "ifrule-", "ifsysctl-"].iter().any(|prefix| name.starts_with(prefix)) && name != "ifcfg-lo")
     }
 
     fn render(&self, network: &Network, guest: &Guest<'_>) -> Result<Rendered> {
@@ -67,6 +67,11 @@ impl NetRenderer for Wicked {
             let routes = routes(interface);
             if !routes.is_empty() {
                 add("ifroute", shell::lines(name.as_str(), &routes)?);
+            }
+            let rules: Vec<String> =
+                interface.rules.iter().map(|rule| format!("{} {}", if rule.is_ipv6() { "ipv6" } else { "ipv4" }, rule.words())).collect();
+            if !rules.is_empty() {
+                add("ifrule", shell::lines(name.as_str(), &rules)?);
             }
             let settings = settings(network, interface);
             if !settings.is_empty() {

@@ -11,7 +11,7 @@ use super::{Cursor, destination};
 use crate::{
     error::Result,
     guest::{
-        config::{Bond, Bridge, Interface, LinkKind, Network, Route, RouteKind, Vlan},
+        config::{Bond, Bridge, Cidr, Interface, LinkKind, Network, Route, RouteKind, Rule, Vlan},
         decode::cursor::Fields,
     },
     names::InterfaceName,
@@ -139,7 +139,27 @@ fn common(interface: &mut Interface, fields: &mut Fields<'_>) -> Result<()> {
     fields.refuse("wakeonlan", &[json!(false)], "wake-on-LAN is left as the guest has it")?;
     fields.refuse("critical", &[json!(false)], "a lease is given up when its interface goes down")?;
     fields.refuse("activation-mode", &[], "every interface is brought up at boot")?;
-    fields.refuse("routing-policy", &[json!([])], "there are no rules, only routes")
+    interface.rules = fields.optional("routing-policy", |cursor| cursor.list(rule))?.unwrap_or_default();
+    Ok(())
+}
+
+/// An address without a prefix length is one host, as ip-rule(8) has it.
+fn rule(cursor: Cursor<'_>) -> Result<Rule> {
+    let mut fields = cursor.fields()?;
+    let network = |cursor: Cursor<'_>| match cursor.text()?.parse::<std::net::IpAddr>() {
+        Ok(address) => Ok(Cidr { address, prefix: if address.is_ipv4() { 32 } else { 128 } }),
+        Err(_) => super::super::parse_cidr(cursor.text()?).map_err(|why| cursor.error(why)),
+    };
+    let rule = Rule {
+        from: fields.optional("from", network)?,
+        to: fields.optional("to", network)?,
+        table: fields.required("table", Cursor::loose_number)?,
+        priority: fields.optional("priority", Cursor::loose_number)?,
+        mark: fields.optional("mark", Cursor::loose_number)?,
+    };
+    fields.refuse("type-of-service", &[json!(0)], "a rule has from, to, table, priority and mark")?;
+    fields.finish()?;
+    Ok(rule)
 }
 
 fn routes(interface: &mut Interface, fields: &mut Fields<'_>) -> Result<()> {
@@ -193,7 +213,7 @@ fn route(cursor: &Cursor<'_>) -> Result<Route> {
 }
 
 /// netplan takes an object with lifetime and label in place of the text; only the plain form can be expressed.
-fn address(cursor: Cursor<'_>) -> Result<crate::guest::config::Cidr> {
+fn address(cursor: Cursor<'_>) -> Result<Cidr> {
     if cursor.is_object() {
         return Err(cursor.error("can't be expressed: an address has no lifetime and no label"));
     }
