@@ -55,6 +55,7 @@ pub mod server;
 pub mod source;
 pub mod spec;
 pub mod store;
+pub mod streams;
 pub mod target;
 pub mod telemetry;
 pub mod tree;
