@@ -26,8 +26,9 @@ mod resolver;
 mod tests;
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{Mutex, OnceLock},
     time::Duration,
 };
 
@@ -46,6 +47,10 @@ use crate::{
 
 /// Longest pause between two rounds: a server that comes back is noticed within it.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// How long a mirror that failed is asked after the others. It is still asked: the others may have nothing.
+const SICK_TIME: Duration = Duration::from_secs(60);
+/// What stands for the digest in a mirror's address.
+const BY_DIGEST: &str = "{sha256}";
 /// How soon cancelling is noticed while nothing arrives.
 const CANCEL_CHECK: Duration = Duration::from_millis(100);
 
@@ -96,7 +101,8 @@ impl Default for Config {
 pub struct Mirror {
     /// URL prefix that is replaced. It ends at a slash: `https://deb.example/cloud` does not fit `https://deb.example/clouds/x`.
     pub prefix: String,
-    /// What takes its place, in order of preference. Only these are asked; to fall back on the origin, name it last.
+    /// What takes its place, in order of preference. Only these are asked; to fall back on the origin, name it last. One with `{sha256}` in it is asked for
+    /// the digest instead of the path, when that is known: `http://host1:7080/blobs/sha256/{sha256}`.
     pub replace: Vec<String>,
 }
 
@@ -124,6 +130,15 @@ pub struct Fetched {
     pub url_used: String,
 }
 
+/// Whether a text is a URL that this module could fetch, whatever the policy. `Kind::InvalidRequest` (`URL_INVALID`).
+pub fn check_url_text(text: &str) -> Result<()> {
+    let url = policy::parse(text)?;
+    match url.scheme() {
+        "http" | "https" | "file" => Ok(()),
+        other => Err(policy::refused(&url, format!("the scheme {other} is not http, https or file"))),
+    }
+}
+
 /// Fetches under one configuration. Shared by all transfers; connections are reused.
 #[derive(Debug)]
 pub struct Fetcher {
@@ -132,6 +147,8 @@ pub struct Fetcher {
     guarded: OnceLock<Client>,
     /// Asks mirrors.
     trusted: OnceLock<Client>,
+    /// Mirrors that failed a moment ago, and until when they are asked last.
+    sick: Mutex<HashMap<String, Instant>>,
 }
 
 /// One place to ask.
@@ -205,13 +222,14 @@ impl Fetcher {
                 }
             }
         }
-        Ok(Fetcher { config, guarded: OnceLock::new(), trusted: OnceLock::new() })
+        Ok(Fetcher { config, guarded: OnceLock::new(), trusted: OnceLock::new(), sick: Mutex::default() })
     }
 
     /// Whether a URL could be fetched as far as its text tells. `Kind::InvalidRequest` (`URL_INVALID`) when it is no URL, `Kind::PermissionDenied`
     /// (`URL_NOT_ALLOWED`) when the policy forbids it. What its name resolves to is looked at when it is fetched.
     pub fn check_url(&self, url: &str) -> Result<()> {
-        self.candidates(&policy::parse(url)?).map(drop)
+        // Which digest it will be is not said here: places that go by digest count as places.
+        self.candidates(&policy::parse(url)?, Some(&Digest::of(b""))).map(drop)
     }
 
     /// Fetches into `partial`, which may have the beginning from an interrupted fetch of the same descriptor; it is durable when this returns.
@@ -221,7 +239,9 @@ impl Fetcher {
     /// `Cancelled`. What has arrived stays in `partial` for the next try, unless it was wrong.
     pub async fn fetch(&self, descriptor: &Descriptor, partial: &Path, progress: &Progress) -> Result<Fetched> {
         let url = policy::parse(&descriptor.url)?;
-        let mut candidates = self.candidates(&url)?;
+        let mut candidates = self.candidates(&url, descriptor.digest.as_ref())?;
+        // Stable: among the healthy, and among the sick, the operator's order holds.
+        candidates.sort_by_key(|candidate| self.is_sick(candidate));
         if let Some(size) = descriptor.size.filter(|size| *size > self.config.size_max) {
             return Err(partial::too_large(&policy::shown(&url), Some(size), self.config.size_max));
         }
@@ -236,9 +256,16 @@ impl Fetcher {
             let mut remaining = Vec::new();
             for candidate in candidates {
                 let failure = match self.ask(&candidate, &mut transfer).await {
-                    Ok(fetched) => return Ok(fetched),
+                    Ok(fetched) => {
+                        self.note(&candidate, true);
+                        return Ok(fetched);
+                    }
                     Err(failure) => failure,
                 };
+                // Not having something is no sickness, and giving up is not the mirror's fault.
+                if !matches!(failure.then, Then::GiveUp) && failure.error.kind() != Kind::NotFound {
+                    self.note(&candidate, false);
+                }
                 tracing::debug!(round, error = %failure.error.chain(), "fetch attempt failed");
                 match failure.then {
                     Then::GiveUp => return Err(with_earlier(failure.error, failures)),
@@ -260,8 +287,24 @@ impl Fetcher {
         Err(verdict(failures))
     }
 
+    /// Whether a mirror failed within the last minute.
+    fn is_sick(&self, candidate: &Candidate) -> bool {
+        let Some(name) = mirror_name(candidate) else { return false };
+        self.sick.lock().is_ok_and(|sick| sick.get(&name).is_some_and(|until| *until > Instant::now()))
+    }
+
+    fn note(&self, candidate: &Candidate, healthy: bool) {
+        let (Some(name), Ok(mut sick)) = (mirror_name(candidate), self.sick.lock()) else { return };
+        sick.retain(|_, until| *until > Instant::now());
+        if healthy {
+            sick.remove(&name);
+        } else {
+            sick.insert(name, Instant::now() + SICK_TIME);
+        }
+    }
+
     /// The places to ask for `url`, in order.
-    fn candidates(&self, url: &Url) -> Result<Vec<Candidate>> {
+    fn candidates(&self, url: &Url, digest: Option<&Digest>) -> Result<Vec<Candidate>> {
         let text = url.as_str();
         let rule = self.config.mirrors.iter().find_map(|mirror| rest_after_prefix(text, &mirror.prefix).map(|rest| (mirror, rest)));
         let Some((mirror, rest)) = rule else {
@@ -273,6 +316,13 @@ impl Fetcher {
         };
         let mut candidates = Vec::new();
         for base in &mirror.replace {
+            if base.contains(BY_DIGEST) {
+                // A store of blobs: it has no paths that anybody could choose.
+                if let Some(digest) = digest {
+                    candidates.push(Candidate::Http { url: policy::parse(&base.replace(BY_DIGEST, &digest.hex()))?, is_mirror: true });
+                }
+                continue;
+            }
             let base_url = policy::parse(base)?;
             let rewritten = policy::parse(&format!("{}/{}", base.trim_end_matches('/'), rest.trim_start_matches('/')))?;
             // The rest is a stranger's: it can only choose a path.
@@ -401,6 +451,14 @@ fn size_mismatch(url: &str, expected: u64, actual: u64) -> Error {
 fn rest_after_prefix<'u>(url: &'u str, prefix: &str) -> Option<&'u str> {
     let rest = url.strip_prefix(prefix)?;
     (prefix.ends_with('/') || rest.is_empty() || rest.starts_with(['/', '?'])).then_some(rest)
+}
+
+/// What a mirror's health is remembered under: scheme, host and port. Nothing for what is no mirror.
+fn mirror_name(candidate: &Candidate) -> Option<String> {
+    match candidate {
+        Candidate::Http { url, is_mirror: true } => Some(url.origin().ascii_serialization()),
+        Candidate::Http { .. } | Candidate::File { .. } => None,
+    }
 }
 
 /// Between a half and the whole of `pause`, so that hosts that failed together don't come back together.

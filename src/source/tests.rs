@@ -465,9 +465,45 @@ async fn mirrors_are_asked_in_order_instead_of_the_origin() {
     // Dots can't climb out of the mirror's directory: the parser takes them out before the prefix is compared.
     let fetcher = Fetcher::new(mirror(&[&right])).expect("good");
     for climbing in ["https://deb.example/cloud/../secret", "https://deb.example/cloud/%2e%2e/secret"] {
-        let candidates = fetcher.candidates(&policy::parse(climbing).expect("a URL")).expect("allowed");
+        let candidates = fetcher.candidates(&policy::parse(climbing).expect("a URL"), None).expect("allowed");
         assert_eq!(candidates, [Candidate::Http { url: policy::parse("https://deb.example/secret").expect("a URL"), is_mirror: false }]);
     }
+}
+
+#[tokio::test]
+async fn mirrors_that_lie_stall_truncate_or_answer_with_a_page_are_passed_over_and_asked_last_for_a_while() {
+    let bytes = content(50_000);
+    let (lie, half, whole) = (content(50_001)[1..].to_vec(), bytes[..20_000].to_vec(), bytes.clone());
+    let lying = Server::start(move |request| good(request, &lie, "\"a\"")).await;
+    let stalling = Server::start(|_| vec![Step::Wait(Duration::from_secs(30))]).await;
+    let truncating = Server::start(move |_| vec![send("200 OK\r\nContent-Length: 50000", &half)]).await;
+    let page = Server::start(|_| vec![send("200 OK\r\nContent-Type: text/html\r\nContent-Length: 21", b"<html>sorry</html>...")]).await;
+    let right = Server::start(move |request| good(request, &whole, "\"a\"")).await;
+    let servers = [&lying, &stalling, &truncating, &page, &right];
+    let mirrors = vec![Mirror { prefix: "https://deb.example/cloud/".into(), replace: servers.map(|server| server.url("/")).to_vec() }];
+    let fetcher = Fetcher::new(Config { connect_timeout: Duration::from_millis(200), mirrors, ..config() }).expect("good");
+    let descriptor = Descriptor { url: "https://deb.example/cloud/x".into(), digest: Some(Digest::of(&bytes)), size: Some(50_000) };
+    let dir = tempfile::tempdir().expect("a directory");
+    for name in ["first", "second"] {
+        let path = dir.path().join(name);
+        let fetched = fetcher.fetch(&descriptor, &path, &Progress::default()).await.expect("the last one is good");
+        assert_eq!(fetched.url_used, right.url("/x"), "{name}");
+        assert_eq!(std::fs::read(&path).expect("there"), bytes);
+    }
+    assert_eq!([&lying, &stalling, &truncating, &page].map(|server| server.requests().len()), [1, 1, 1, 1], "the second time they were not asked");
+}
+
+#[tokio::test]
+async fn a_store_of_blobs_is_asked_by_digest_when_that_is_known() {
+    let bytes = content(1000);
+    let whole = bytes.clone();
+    let blobs = Server::start(move |request| good(request, &whole, "\"a\"")).await;
+    let mirrors = vec![Mirror { prefix: "https://deb.example/".into(), replace: vec![blobs.url("/blobs/sha256/{sha256}")] }];
+    let config = Config { mirrors, ..config() };
+    let digest = Digest::of(&bytes);
+    run(config.clone(), "https://deb.example/any/path?x", Some(digest)).await.fetched(&bytes);
+    assert_eq!(blobs.requests()[0].path, format!("/blobs/sha256/{}", digest.hex()));
+    run(config, "https://deb.example/any/path", None).await.failed(Kind::PermissionDenied, "URL_NOT_ALLOWED");
 }
 
 #[tokio::test]
