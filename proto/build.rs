@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/cloudlet/v1/volume.proto",
         "proto/cloudlet/v1/host.proto",
         "proto/cloudlet/v1/store.proto",
+        "proto/cloudlet/v1/catalogue.proto",
     ];
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

@@ -21,6 +21,8 @@ readonly TEST=(
     matchpathcon:selinux-utils semodule:policycoreutils
     # Signatures.
     gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent
+    # simplestreams' own tools (scripts/tools.sh).
+    gpgv:gpgv /usr/share/doc/python3-venv:python3-venv
     # scripts/fuzz.sh: libFuzzer is C++.
     c++:g++
     # Guests: emulator and a busybox without libraries.

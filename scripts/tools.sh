@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# usage: tools.sh [grpcurl] [buf]
-# Puts the tools that Debian does not have into target/tools: grpcurl (for the operator scripts), buf (checks the protocol files).
-# Both by default; each only when that version is not there. Prints nothing when there is nothing to do.
+# usage: tools.sh [grpcurl] [buf] [simplestreams]
+# Puts the tools that Debian does not have into target/tools: grpcurl (for the operator scripts), buf (checks the protocol files), simplestreams
+# (sstream-query and sstream-mirror, judges of what is published). All by default; each only when that version is not there. Prints nothing when there is nothing to do.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tools=$root/target/tools
-readonly GRPCURL_RS=0.2.1 BUF=1.75.0
+readonly GRPCURL_RS=0.2.1 BUF=1.75.0 SIMPLESTREAMS=0.1.0.post59
 
 make_grpcurl() {
     # Any grpcurl that is installed will do: the scripts use what the Go and the Rust program have in common.
@@ -28,8 +28,18 @@ make_buf() {
     touch "$tools/.buf-$BUF"
 }
 
+make_simplestreams() {
+    command -v sstream-query >/dev/null && command -v sstream-mirror >/dev/null && return
+    [[ -e $tools/.simplestreams-$SIMPLESTREAMS ]] && return
+    echo "installing simplestreams"
+    mkdir --parents "$tools"
+    python3 -m venv --clear "$tools/simplestreams"
+    "$tools/simplestreams/bin/pip" install --quiet --disable-pip-version-check "python-simplestreams==$SIMPLESTREAMS"
+    touch "$tools/.simplestreams-$SIMPLESTREAMS"
+}
+
 case "${1:-}" in
     --help) sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    "") make_grpcurl; make_buf ;;
+    "") make_grpcurl; make_buf; make_simplestreams ;;
     *) for tool in "$@"; do "make_$tool"; done ;;
 esac

@@ -5,6 +5,7 @@ mod fetch;
 mod gc;
 mod kernels;
 mod listen;
+pub mod streams;
 
 use std::{
     collections::BTreeSet,
@@ -64,6 +65,11 @@ pub struct Config {
     pub kernels: Vec<KernelConfig>,
     /// Firmware for machines with UEFI, as QEMU takes it.
     pub uefi: Uefi,
+    /// Trees of images to read (simplestreams). Default: none.
+    #[serde(rename = "stream")]
+    pub streams: Vec<streams::StreamConfig>,
+    /// The tree of our own.
+    pub publish: streams::Publish,
 }
 
 /// A platform (instance type) as it is configured.
@@ -268,6 +274,8 @@ impl Default for Config {
             platforms: Vec::new(),
             kernels: Vec::new(),
             uefi: Uefi::default(),
+            streams: Vec::new(),
+            publish: streams::Publish::default(),
         }
     }
 }
@@ -381,6 +389,7 @@ impl Config {
             }
         }
         kernels::check(&self.kernels)?;
+        streams::check(&self.streams, &self.publish)?;
         if (1..MIB).contains(&self.limits.write_bandwidth.0) {
             return wrong("limits.write_bandwidth", format!("{} a second is less than 1 MiB; 0 is no limit", self.limits.write_bandwidth));
         }
@@ -435,6 +444,10 @@ mod tests {
             ("[limits]\nwrite_bandwidth='1 KiB'", "limits.write_bandwidth"),
             ("[[platform]]\nname='a'\nhypervisor='kvm'\nmode='pv'\nmemory='1 GiB'", "platform[0].mode"),
             ("[[platform]]\nname='a'\nhypervisor='kvm'\nmemory='1 KiB'", "platform[0].memory"),
+            ("[[stream]]\nname='a'\nurl='https://a.example/'", "stream[0].keyring"),
+            ("[[stream]]\nname='a'\nurl='nowhere'\npolicy='unsigned'", "stream[0].url"),
+            ("[[stream]]\nname='a'\nurl='https://a.example/'\npolicy='unsigned'\nfilters=['arch']", "stream[0].filters"),
+            ("[publish]\nlisten='127.0.0.1:1'", "publish.directory"),
             ("[[golden.prerender]]\nsize='1 GiB'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nimage='a'\nmanifest='/b'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nmanifest='b'", "golden.prerender[0].manifest"),

@@ -13,7 +13,7 @@ use common::{
 };
 use serde_json::{Value, json};
 
-const SCRIPTS: [&str; 11] = [
+const SCRIPTS: [&str; 12] = [
     "gc.sh",
     "create-image.sh",
     "list-images.sh",
@@ -25,6 +25,7 @@ const SCRIPTS: [&str; 11] = [
     "delete-volume.sh",
     "reconfigure.sh",
     "host-info.sh",
+    "match.sh",
 ];
 
 fn json_of(text: &str) -> Value {
@@ -53,6 +54,23 @@ fn every_script_explains_itself_and_refuses_what_it_does_not_know() {
         let length = fs::read_to_string(script_path(script)).expect("read the script").lines().count();
         assert!(length <= 60, "{script} has {length} lines");
     }
+}
+
+#[test]
+fn an_image_is_matched_with_instance_types() {
+    let (daemon, manifest) = daemon_and_manifest();
+    let created = json_of(&daemon.script_ok("create-image.sh", &[&manifest, "--json"]));
+    let image = created["image"]["id"].as_str().expect("an image id");
+    let platforms = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/streams/platforms.json");
+    let table = daemon.script_ok("match.sh", &["--image", image, "--platforms", platforms, "--containers", "lxc,kvm"]);
+    let line =
+        |platform: &str| table.lines().find(|line| line.contains(platform)).unwrap_or_else(|| panic!("{platform} is not in {table}")).to_owned();
+    assert!(line("k1.large").contains("lxc,kvm"), "{table}");
+    assert!(line("m1.small").contains("kvm: NO_HARDWARE_VIRTUALIZATION"), "{table}");
+    let found = daemon.script_ok("match.sh", &["--image", image, "--platforms", platforms, "--platform", "xx2.large", "--json"]);
+    assert_eq!(json_of(&found)["containers"].as_array().map(Vec::len), Some(3), "{found}");
+    let none = daemon.script("match.sh", &["--image", image, "--platforms", platforms, "--platform", "m1.small", "--containers", "kvm"]);
+    assert_eq!(none.status.code(), Some(3), "nothing fits");
 }
 
 #[test]

@@ -3,9 +3,8 @@
 
 #![no_main]
 
-use cloudletd::streams::{Filters, Index, Limits, Products, date};
+use cloudletd::streams::{Filters, Index, Limits, Products, Url, date};
 use libfuzzer_sys::fuzz_target;
-use reqwest::Url;
 
 fuzz_target!(|bytes: &[u8]| {
     let limits = Limits { products_max: 64, versions_max: 64, items_max: 64, ..Limits::default() };

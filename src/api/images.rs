@@ -31,7 +31,7 @@ fn check_source(caller: &Caller, request: &proto::CreateImageRequest) -> Result<
 }
 
 impl Images {
-    fn encode(&self, record: ImageRecord) -> Result<proto::Image> {
+    pub(super) fn encode(&self, record: ImageRecord) -> Result<proto::Image> {
         let manifest = Manifest::parse(record.manifest.as_bytes())?;
         let cached = match &record.rootfs_digest {
             Some(digest) => self.0.store.has_blob(digest)?,
@@ -152,19 +152,7 @@ impl ImageService for Images {
         let id = request.into_inner().image_id;
         let engine = Arc::clone(&self.0);
         blocking(Stage::Store, move || {
-            if engine.is_wanted(Some(&id), None) {
-                return Err(Error::new(Kind::Conflict, Stage::Store, id, "a render of it waits or runs").with_reason("IMAGE_IN_USE"));
-            }
-            if !engine.store.catalog.delete_image(&id, now_secs())? {
-                return Err(no_image(&id));
-            }
-            for (golden, _) in engine.store.catalog.goldens(Some(&id))? {
-                // One that is still wanted stays until nobody does.
-                match engine.remove_golden(golden.key) {
-                    Err(error) if error.kind() == Kind::Conflict => tracing::info!(golden = %golden.key.hex(), why = error.message(), "stays"),
-                    other => other?,
-                }
-            }
+            engine.delete_image(&id)?;
             tracing::info!(image = %id, "image deleted");
             Ok(())
         })

@@ -1,6 +1,7 @@
 //! The gRPC services: decode, call, encode. No decisions are made here.
 
 pub mod authorise;
+pub mod catalogue;
 pub mod decode;
 pub mod encode;
 pub mod hosts;

@@ -43,11 +43,23 @@ fn visible(engine: &Engine, caller: &Caller, id: &str) -> Result<Snapshot> {
     if caller.sees(pool) { Ok(snapshot) } else { Err(no_render(id)) }
 }
 
+impl Renders {
+    /// Puts the image's id in the place of a name.
+    fn name_image(&self, spec: &mut Option<proto::RenderSpec>, key: Option<&str>) -> Result<()> {
+        if let Some(spec) = spec {
+            spec.image_id = self.0.image_of_request(&spec.image_id, key)?;
+        }
+        Ok(())
+    }
+}
+
 #[tonic::async_trait]
 impl RenderService for Renders {
     async fn plan_render(&self, request: Request<proto::PlanRenderRequest>) -> Result<Response<proto::PlanRenderResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let spec = decode::render_spec(request.into_inner().spec)?;
+        let mut spec = request.into_inner().spec;
+        self.name_image(&mut spec, None)?;
+        let spec = decode::render_spec(spec)?;
         check_pools(&caller, &spec)?;
         let plan = self.0.plan(spec).await?;
         Ok(Response::new(proto::PlanRenderResponse {
@@ -71,7 +83,9 @@ impl RenderService for Renders {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let key = request.idempotency_key.parse().map_err(|why: String| Error::field(Stage::Request, "idempotency_key", why))?;
-        let spec = decode::render_spec(request.spec)?;
+        let mut spec = request.spec;
+        self.name_image(&mut spec, Some(&request.idempotency_key))?;
+        let spec = decode::render_spec(spec)?;
         check_pools(&caller, &spec)?;
         let started = self.0.start(JobSpec::Render { key, spec: Box::new(spec) }).await?;
         Ok(Response::new(proto::StartRenderResponse { created: started.created, render: Some(encode::render(started.snapshot)) }))
@@ -150,8 +164,9 @@ impl RenderService for Renders {
         let request = request.into_inner();
         let golden =
             GoldenOptions { platforms: decode::platforms(&request.platforms, "platforms")?, ..decode::golden_options(request.golden, "golden")? };
-        let already_built = self.0.is_built(&request.image_id, &golden).await?;
-        let started = self.0.start(JobSpec::Prerender { image_id: request.image_id, golden }).await?;
+        let image_id = self.0.image_of_request(&request.image_id, None)?;
+        let already_built = self.0.is_built(&image_id, &golden).await?;
+        let started = self.0.start(JobSpec::Prerender { image_id, golden }).await?;
         Ok(Response::new(proto::PrerenderResponse { render: Some(encode::render(started.snapshot)), already_built }))
     }
 

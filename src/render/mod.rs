@@ -93,13 +93,17 @@ pub struct Engine {
     prepared: Mutex<BTreeSet<Digest>>,
     /// How fast bulk data is written.
     pacer: Arc<Pacer>,
+    /// What is known of simplestreams sources.
+    pub(crate) streams: crate::streams::tree::State,
 }
 
 impl Engine {
     /// Sets up the stages over an opened store.
     pub fn new(store: Store, config: Config) -> Result<Arc<Engine>> {
         let pools = config.target_pools().into_iter().map(|pool| (pool.name.clone(), pool)).collect();
-        let fetcher = Fetcher::new(fetch::fetcher_config(&config.fetch))?;
+        let mut fetching = fetch::fetcher_config(&config.fetch);
+        fetching.mirrors.extend(crate::streams::tree::mirrors(&config));
+        let fetcher = Fetcher::new(fetching)?;
         Ok(Arc::new(Engine {
             store,
             pools,
@@ -118,6 +122,7 @@ impl Engine {
             collecting: Mutex::new(()),
             prepared: Mutex::new(BTreeSet::new()),
             pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
+            streams: Default::default(),
             config,
         }))
     }

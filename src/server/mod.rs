@@ -23,6 +23,7 @@ use tower::layer::util::{Identity, Stack};
 use crate::{
     api::{
         authorise::{AccessLayer, Rules},
+        catalogue::Catalogue,
         hosts::Hosts,
         images::Images,
         renders::Renders,
@@ -32,8 +33,9 @@ use crate::{
     config::Config,
     error::{Error, Kind, Result, Stage},
     proto::{
-        DESCRIPTOR_SET, host_service_server::HostServiceServer, image_service_server::ImageServiceServer, render_service_server::RenderServiceServer,
-        store_service_server::StoreServiceServer, volume_service_server::VolumeServiceServer,
+        DESCRIPTOR_SET, catalogue_service_server::CatalogueServiceServer, host_service_server::HostServiceServer,
+        image_service_server::ImageServiceServer, render_service_server::RenderServiceServer, store_service_server::StoreServiceServer,
+        volume_service_server::VolumeServiceServer,
     },
     render::Engine,
     server::accept::Door,
@@ -82,6 +84,15 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
         let (wait, incoming) = (until(stopping.clone()), accept::tcp(tcp, door.clone(), move || tls.clone()));
         tasks.spawn(async move { router.serve_with_incoming_shutdown(incoming, wait).await });
     }
+    if let (Some(address), Some(directory)) = (config.publish.listen, config.publish.directory.clone()) {
+        let listener = crate::streams::serve::bind(address).await?;
+        let blobs = config.publish.blobs.then(|| Arc::clone(&engine));
+        let wait = until(stopping.clone());
+        tasks.spawn(async move {
+            crate::streams::serve::serve(listener, directory, blobs, wait).await;
+            Ok(())
+        });
+    }
     let router = router(&engine, layer, health)?;
     tasks.spawn(async move { router.serve_with_incoming_shutdown(accept::unix(unix, door), until(stopping)).await });
     tracing::info!(
@@ -96,10 +107,12 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
 
     let preparing = tokio::spawn(crate::render::prerender::prepare_all(Arc::clone(&engine)));
     let collecting = tokio::spawn(crate::render::collect::collect_regularly(Arc::clone(&engine)));
+    let syncing = tokio::spawn(crate::streams::sync::run(Arc::clone(&engine)));
 
     stopped.await;
     preparing.abort();
     collecting.abort();
+    syncing.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("draining");
     stop.send_replace(true);
@@ -178,6 +191,7 @@ async fn health_service() -> HealthServer<impl Health> {
     reporter.set_serving::<VolumeServiceServer<Volumes>>().await;
     reporter.set_serving::<HostServiceServer<Hosts>>().await;
     reporter.set_serving::<StoreServiceServer<Stores>>().await;
+    reporter.set_serving::<CatalogueServiceServer<Catalogue>>().await;
     service
 }
 
@@ -195,6 +209,7 @@ fn router(engine: &Arc<Engine>, layer: AccessLayer, health: HealthServer<impl He
         .add_service(images)
         .add_service(renders)
         .add_service(VolumeServiceServer::new(Volumes(Arc::clone(engine))))
+        .add_service(CatalogueServiceServer::new(Catalogue(Arc::clone(engine))))
         .add_service(StoreServiceServer::new(Stores(Arc::clone(engine))))
         .add_service(HostServiceServer::new(Hosts(Arc::clone(engine)))))
 }

@@ -84,7 +84,7 @@ fn case(path: &'static str, message: impl Message, role: Role, allowed: Code, el
 
 /// Every method. `render` made the volume `default/web1`; whatever else is asked for is not there, so that no call changes what the next one finds.
 fn cases(render: &str) -> Vec<Case> {
-    use Code::{InvalidArgument, NotFound, Ok, PermissionDenied};
+    use Code::{FailedPrecondition, InvalidArgument, NotFound, Ok, PermissionDenied};
     use proto::*;
     let nothing = "img-00000000000000000000".to_owned();
     let render_id = || render.to_owned();
@@ -100,6 +100,62 @@ fn cases(render: &str) -> Vec<Case> {
     let reconfigure = ReconfigureVolumeRequest { volume: Some(volume("web2")), instance, ..Default::default() };
     let start = StartRenderRequest { idempotency_key: "matrix".into(), spec: spec() };
     vec![
+        case("/cloudlet.v1.CatalogueService/ListStreams", ListStreamsRequest {}, Role::Read, Ok, Ok),
+        case("/cloudlet.v1.CatalogueService/SyncStream", SyncStreamRequest { stream: "none".into() }, Role::Admin, NotFound, PermissionDenied),
+        case(
+            "/cloudlet.v1.CatalogueService/ListStreamImages",
+            ListStreamImagesRequest { stream: "none".into(), ..Default::default() },
+            Role::Read,
+            NotFound,
+            NotFound,
+        ),
+        case(
+            "/cloudlet.v1.CatalogueService/ImportStreamImage",
+            ImportStreamImageRequest { stream: "none".into(), ..Default::default() },
+            Role::Render,
+            NotFound,
+            NotFound,
+        ),
+        case("/cloudlet.v1.CatalogueService/PublishImages", PublishImagesRequest {}, Role::Admin, FailedPrecondition, PermissionDenied),
+        case("/cloudlet.v1.CatalogueService/Match", MatchRequest { image: nothing.clone(), ..Default::default() }, Role::Read, NotFound, NotFound),
+        case(
+            "/cloudlet.v1.CatalogueService/SetImageName",
+            SetImageNameRequest { name: "debian/12".into(), version: "1".into(), image: nothing.clone(), ..Default::default() },
+            Role::Admin,
+            NotFound,
+            PermissionDenied,
+        ),
+        case(
+            "/cloudlet.v1.CatalogueService/RemoveImageName",
+            RemoveImageNameRequest { name: "debian/12".into(), version: "1".into() },
+            Role::Admin,
+            NotFound,
+            PermissionDenied,
+        ),
+        case(
+            "/cloudlet.v1.CatalogueService/SetImageAlias",
+            SetImageAliasRequest { alias: "?".into(), name: "debian/12".into() },
+            Role::Admin,
+            InvalidArgument,
+            PermissionDenied,
+        ),
+        case("/cloudlet.v1.CatalogueService/ResolveImage", ResolveImageRequest { reference: nothing.clone() }, Role::Read, NotFound, NotFound),
+        case("/cloudlet.v1.CatalogueService/SearchImages", SearchImagesRequest::default(), Role::Read, Ok, Ok),
+        case(
+            "/cloudlet.v1.CatalogueService/LabelImage",
+            LabelImageRequest { image: nothing.clone(), ..Default::default() },
+            Role::Admin,
+            NotFound,
+            PermissionDenied,
+        ),
+        case(
+            "/cloudlet.v1.CatalogueService/DeprecateImage",
+            DeprecateImageRequest { image: nothing.clone(), ..Default::default() },
+            Role::Admin,
+            NotFound,
+            PermissionDenied,
+        ),
+        case("/cloudlet.v1.CatalogueService/CheckDeleteImage", CheckDeleteImageRequest { image: nothing.clone() }, Role::Read, NotFound, NotFound),
         case("/cloudlet.v1.HostService/GetHostInfo", GetHostInfoRequest {}, Role::Read, Ok, Ok),
         case("/cloudlet.v1.HostService/ListPlatforms", ListPlatformsRequest {}, Role::Read, Ok, Ok),
         case("/cloudlet.v1.ImageService/CreateImage", CreateImageRequest::default(), Role::Render, InvalidArgument, InvalidArgument),

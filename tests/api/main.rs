@@ -9,5 +9,6 @@ mod pki;
 mod platforms;
 mod renders;
 mod store;
+mod streams;
 mod support;
 mod tls;

@@ -41,6 +41,7 @@ const fn rule(service: &'static str, method: &'static str, role: Role, scope: Sc
     Rule { service, method, role, scope, effect }
 }
 
+const CATALOGUE: &str = "cloudlet.v1.CatalogueService";
 const HOST: &str = "cloudlet.v1.HostService";
 const IMAGE: &str = "cloudlet.v1.ImageService";
 const RENDER: &str = "cloudlet.v1.RenderService";
@@ -52,6 +53,22 @@ const REFLECTION_V1ALPHA: &str = "grpc.reflection.v1alpha.ServerReflection";
 
 /// The table.
 pub const RULES: &[Rule] = &[
+    rule(CATALOGUE, "ListStreams", Role::Read, Scope::Host, Effect::Reads),
+    rule(CATALOGUE, "SyncStream", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "ListStreamImages", Role::Read, Scope::Host, Effect::Reads),
+    // From trees that the configuration names, so it takes no more than CreateImage.
+    rule(CATALOGUE, "ImportStreamImage", Role::Render, Scope::Host, Effect::Changes),
+    rule(CATALOGUE, "PublishImages", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "Match", Role::Read, Scope::Host, Effect::Reads),
+    // What a name means is what everybody's next render gets.
+    rule(CATALOGUE, "SetImageName", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "RemoveImageName", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "SetImageAlias", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "ResolveImage", Role::Read, Scope::Host, Effect::Reads),
+    rule(CATALOGUE, "SearchImages", Role::Read, Scope::Host, Effect::Reads),
+    rule(CATALOGUE, "LabelImage", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "DeprecateImage", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(CATALOGUE, "CheckDeleteImage", Role::Read, Scope::Host, Effect::Reads),
     rule(HOST, "GetHostInfo", Role::Read, Scope::Host, Effect::Reads),
     rule(HOST, "ListPlatforms", Role::Read, Scope::Host, Effect::Reads),
     rule(IMAGE, "CreateImage", Role::Render, Scope::Host, Effect::Changes),

@@ -6,8 +6,10 @@
 
 pub mod gc;
 pub mod leases;
+pub mod names;
 mod rows;
 mod schema;
+pub mod streams;
 mod volumes;
 
 use std::{
@@ -79,6 +81,9 @@ impl Catalog {
     pub fn open(path: &Path) -> Result<Catalog> {
         let writer = connect(path)?;
         schema::prepare(&writer, &path.display().to_string())?;
+        for tables in [names::TABLES, streams::TABLES] {
+            writer.execute_batch(tables).map_err(failed("make the tables of names and streams"))?;
+        }
         let reader = connect(path)?;
         let (sender, receiver) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -183,6 +188,7 @@ impl Catalog {
             if let Some(owner) = leased {
                 return Err(Error::new(Kind::Conflict, Stage::Store, id, format!("{owner} holds a lease on it")).with_reason("IMAGE_LEASED"));
             }
+            names::forget(connection, &id)?;
             connection.execute("DELETE FROM images WHERE id=?1", [&id]).map(|rows| rows > 0).map_err(failed("delete image"))
         })
     }
