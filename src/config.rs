@@ -13,7 +13,7 @@ use std::{
 };
 
 pub use access::{Access, Fingerprint, OWNER_LEN_MAX, Role};
-pub use fetch::{Fetch, Mirror};
+pub use fetch::{Fetch, Mirror, Source};
 pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls};
 
 use serde::Deserialize;
@@ -51,6 +51,9 @@ pub struct Config {
     pub pools: Vec<PoolConfig>,
     /// Fetching root filesystems.
     pub fetch: Fetch,
+    /// Rules for certain hosts, in place of those of `fetch`.
+    #[serde(rename = "source")]
+    pub sources: Vec<Source>,
     /// Golden images.
     pub golden: Golden,
     /// Garbage collection.
@@ -268,6 +271,7 @@ impl Default for Config {
             access: Vec::new(),
             pools: Vec::new(),
             fetch: Fetch::default(),
+            sources: Vec::new(),
             golden: Golden::default(),
             gc: Gc::default(),
             limits: Limits::default(),
@@ -331,6 +335,9 @@ impl Config {
         }
         self.listen.check()?;
         self.fetch.check()?;
+        for (index, source) in self.sources.iter().enumerate() {
+            source.check(index, &self.fetch)?;
+        }
         let mut names = BTreeSet::new();
         for (index, pool) in self.pools.iter().enumerate() {
             let (name, path) = match pool {
@@ -437,6 +444,15 @@ mod tests {
             ("state_dir = 'relative'", "state_dir"),
             ("[[pool]]\nname='a'\nkind='directory'\npath='/a'\n[[pool]]\nname='a'\nkind='directory'\npath='/b'", "pool[1].name"),
             ("[[pool]]\nname='a'\nkind='devices'\npath='/dev'\nallow=[]", "pool[0].allow"),
+            ("[fetch]\nschemes=['ftp']", "fetch.schemes"),
+            ("[fetch]\nallow_addresses=['10.0.0.0/33']", "10.0.0.0/33"),
+            ("[fetch]\nmax_redirects=21", "fetch.max_redirects"),
+            ("[fetch]\nconnect_timeout_secs=0", "fetch.connect_timeout_secs"),
+            ("[fetch]\nca_file='ca.pem'", "fetch.ca_file"),
+            ("[[source]]\nhosts=[]", "source[0].hosts"),
+            ("[[source]]\nports=[80]", "hosts"),
+            ("[[source]]\nhosts=['a']\nidle_timeout_secs=0", "source[0].idle_timeout_secs"),
+            ("[[source]]\nhosts=['a']\nca_file='ca.pem'", "source[0].ca_file"),
             ("[golden]\nsize='1 KiB'", "golden.size"),
             ("[limits]\nconcurrent_renders=0", "limits.concurrent_renders"),
             ("[gc]\nlow_water_percent=99", "gc.low_water_percent"),

@@ -8,7 +8,7 @@ use crate::{
     names::Digest,
     progress::Progress,
     render::{Engine, blocking, now_secs, resolve::Resolved},
-    source::{self, Descriptor, UrlPolicy},
+    source::{self, Authorities, Descriptor, Rules, SourceRules, UrlPolicy},
     store::records::GoldenSpec,
 };
 
@@ -112,20 +112,55 @@ impl Engine {
 }
 
 /// The fetcher's configuration from the daemon's.
-pub fn fetcher_config(config: &config::Fetch) -> source::Config {
-    source::Config {
-        idle_timeout: Duration::from_secs(config.idle_timeout_secs),
-        total_timeout: Duration::from_secs(config.total_timeout_secs),
-        attempts: config.attempts,
-        size_max: config.max_size.0,
-        file_roots: config.file_roots.clone(),
+pub fn fetcher_config(config: &config::Config) -> source::Config {
+    let fetch = &config.fetch;
+    let general = Rules {
         policy: UrlPolicy {
-            schemes: config.schemes.clone(),
-            allow_hosts: config.allow_hosts.clone(),
-            allow_private_addresses: config.allow_private_addresses,
-            ..UrlPolicy::default()
+            schemes: fetch.schemes.clone(),
+            allow_hosts: fetch.allow_hosts.clone(),
+            deny_hosts: fetch.deny_hosts.clone(),
+            ports: fetch.ports.clone(),
+            allow_private_addresses: fetch.allow_private_addresses,
+            allow_addresses: fetch.allow_addresses.clone(),
+            deny_addresses: fetch.deny_addresses.clone(),
         },
-        mirrors: config.mirrors.iter().map(|mirror| source::Mirror { prefix: mirror.prefix.clone(), replace: mirror.replace.clone() }).collect(),
+        connect_timeout: Duration::from_secs(fetch.connect_timeout_secs),
+        idle_timeout: Duration::from_secs(fetch.idle_timeout_secs),
+        redirects_max: fetch.max_redirects,
+        authorities: fetch.ca_file.clone().map_or(Authorities::Host, Authorities::HostAnd),
+    };
+    source::Config {
+        sources: config.sources.iter().map(|source| of_source(source, &general)).collect(),
+        rules: general,
+        total_timeout: Duration::from_secs(fetch.total_timeout_secs),
+        attempts: fetch.attempts,
+        size_max: fetch.max_size.0,
+        file_roots: fetch.file_roots.clone(),
+        mirrors: fetch.mirrors.iter().map(|mirror| source::Mirror { prefix: mirror.prefix.clone(), replace: mirror.replace.clone() }).collect(),
         ..source::Config::default()
+    }
+}
+
+/// The rules of a source: its own, then the general ones. Addresses that are denied in general stay so.
+fn of_source(source: &config::Source, general: &Rules) -> SourceRules {
+    let policy = &general.policy;
+    let seconds = |secs: Option<u64>, general: Duration| secs.map_or(general, Duration::from_secs);
+    SourceRules {
+        hosts: source.hosts.clone(),
+        rules: Rules {
+            policy: UrlPolicy {
+                schemes: source.schemes.clone().unwrap_or_else(|| policy.schemes.clone()),
+                allow_hosts: policy.allow_hosts.clone(),
+                deny_hosts: policy.deny_hosts.clone(),
+                ports: source.ports.clone().unwrap_or_else(|| policy.ports.clone()),
+                allow_private_addresses: source.allow_private_addresses.unwrap_or(policy.allow_private_addresses),
+                allow_addresses: source.allow_addresses.clone().unwrap_or_else(|| policy.allow_addresses.clone()),
+                deny_addresses: policy.deny_addresses.iter().chain(&source.deny_addresses).copied().collect(),
+            },
+            connect_timeout: seconds(source.connect_timeout_secs, general.connect_timeout),
+            idle_timeout: seconds(source.idle_timeout_secs, general.idle_timeout),
+            redirects_max: source.max_redirects.unwrap_or(general.redirects_max),
+            authorities: source.ca_file.clone().map_or_else(|| general.authorities.clone(), Authorities::Only),
+        },
     }
 }

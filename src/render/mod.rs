@@ -101,7 +101,7 @@ impl Engine {
     /// Sets up the stages over an opened store.
     pub fn new(store: Store, config: Config) -> Result<Arc<Engine>> {
         let pools = config.target_pools().into_iter().map(|pool| (pool.name.clone(), pool)).collect();
-        let mut fetching = fetch::fetcher_config(&config.fetch);
+        let mut fetching = fetch::fetcher_config(&config);
         fetching.mirrors.extend(crate::streams::tree::mirrors(&config));
         let fetcher = Fetcher::new(fetching)?;
         Ok(Arc::new(Engine {

@@ -1,10 +1,10 @@
 //! One transfer over HTTP: follows redirects by hand, because each hop is a new URL to be checked, resumes where it may, and tells failures that
 //! pass from those that stay (RFC 9110; ranges are its section 14).
 
-use std::{error::Error as StdError, io, sync::Arc, time::Duration};
+use std::{error::Error as StdError, io, time::Duration};
 
 use reqwest::{
-    Client, Response, StatusCode, Url,
+    Response, StatusCode, Url,
     header::{self, HeaderMap},
 };
 use tokio::sync::mpsc;
@@ -13,7 +13,6 @@ use super::{
     Failure, Fetcher, Then, Transfer,
     partial::{DigestWriter, too_large},
     policy::{refused, shown},
-    resolver::GuardedResolver,
     size_mismatch,
 };
 use crate::error::{Error, Kind, Result, Stage, kind_of_io};
@@ -74,12 +73,14 @@ impl Fetcher {
 
     async fn request(&self, url: &Url, is_mirror: bool, transfer: &Transfer<'_>) -> Result<(Response, Url), Failure> {
         let mut at = url.clone();
-        for hop in 0..=self.config.redirects_max {
+        let first = self.config.rules(url).1;
+        for hop in 0..=first.redirects_max {
             let trusted = is_mirror && hop == 0;
             if !trusted {
-                self.config.policy.check_url(&at).map_err(Failure::next)?;
+                self.config.rules(&at).1.policy.check_url(&at).map_err(Failure::next)?;
             }
-            let mut request = self.client(trusted).map_err(Failure::give_up)?.get(at.clone()).header(header::ACCEPT_ENCODING, "identity");
+            let mut request =
+                self.clients.of(&self.config, &at, trusted).map_err(Failure::give_up)?.get(at.clone()).header(header::ACCEPT_ENCODING, "identity");
             if transfer.len() > 0 {
                 request = request.header(header::RANGE, format!("bytes={}-", transfer.len()));
                 let origin = transfer.origin.as_ref().filter(|origin| origin.url == *url);
@@ -87,7 +88,7 @@ impl Fetcher {
                     request = request.header(header::IF_RANGE, validator);
                 }
             }
-            let patience = self.config.connect_timeout + self.config.idle_timeout;
+            let patience = first.connect_timeout + first.idle_timeout;
             let sent = transfer.watched(tokio::time::timeout(patience, request.send())).await.map_err(Failure::give_up)?;
             let response = match sent {
                 Ok(response) => response.map_err(|error| failed(&at, "ask for it", error))?,
@@ -98,7 +99,7 @@ impl Fetcher {
                 Some(next) => at = next,
             }
         }
-        Err(Failure::next(bad_answer(url, &format!("redirects more than {} times", self.config.redirects_max)).with_reason("TOO_MANY_REDIRECTS")))
+        Err(Failure::next(bad_answer(url, &format!("redirects more than {} times", first.redirects_max)).with_reason("TOO_MANY_REDIRECTS")))
     }
 
     async fn take_body(&self, asked: &Url, body: Body, transfer: &mut Transfer<'_>) -> Result<(Option<String>, Url), Failure> {
@@ -137,13 +138,14 @@ impl Fetcher {
         let (send, receive) = mpsc::channel(CHUNKS_AHEAD);
         let written = tokio::task::spawn_blocking(move || (write_chunks(receive, &mut writer), writer));
         let mut have = offset;
+        let patience = self.config.rules(url).1.idle_timeout;
         let received = loop {
-            let next = match transfer.watched(tokio::time::timeout(self.config.idle_timeout, response.chunk())).await {
+            let next = match transfer.watched(tokio::time::timeout(patience, response.chunk())).await {
                 Ok(next) => next,
                 Err(error) => break Err(Failure::give_up(error)),
             };
             match next {
-                Err(_) => break Err(Failure::retry(stalled(url, self.config.idle_timeout, "sent nothing"))),
+                Err(_) => break Err(Failure::retry(stalled(url, patience, "sent nothing"))),
                 Ok(Err(error)) => break Err(failed(url, "transfer it", error)),
                 Ok(Ok(None)) => break Ok(()),
                 Ok(Ok(Some(chunk))) => {
@@ -166,27 +168,6 @@ impl Fetcher {
         transfer.writer = Some(writer);
         result.map_err(Failure::give_up)?;
         received
-    }
-
-    fn client(&self, trusted: bool) -> Result<&Client> {
-        let (slot, policy) = if trusted { (&self.trusted, None) } else { (&self.guarded, Some(Arc::new(self.config.policy.clone()))) };
-        if let Some(client) = slot.get() {
-            return Ok(client);
-        }
-        // Whoever comes first installs it; ring is the only provider that is compiled in.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder()
-            .user_agent(concat!("cloudletd/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .referer(false)
-            .no_proxy()
-            .connect_timeout(self.config.connect_timeout)
-            .dns_resolver(GuardedResolver { policy })
-            .build()
-            .map_err(|error| {
-                Error::new(Kind::Unavailable, Stage::Fetch, "http client", "set up TLS with the host's certificates").with_source(error)
-            })?;
-        Ok(slot.get_or_init(|| client))
     }
 }
 

@@ -17,6 +17,7 @@
 //! that arrived are kept: the next request asks for the rest. Without a digest in the descriptor the rest is only taken from the same URL, when the
 //! server says by `ETag` or `Last-Modified` that it is still the same file; with one, the digest decides.
 
+mod clients;
 mod file;
 mod http;
 mod partial;
@@ -28,13 +29,15 @@ mod tests;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Mutex, OnceLock},
+    sync::Mutex,
     time::Duration,
 };
 
-use reqwest::{Client, Url};
+use reqwest::Url;
 use tokio::time::Instant;
 
+use clients::Clients;
+pub use clients::{Authorities, Rules, SourceRules};
 pub use partial::DigestWriter;
 pub use policy::{Network, UrlPolicy};
 
@@ -57,10 +60,10 @@ const CANCEL_CHECK: Duration = Duration::from_millis(100);
 /// How to fetch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// For name resolution, connecting and the TLS handshake of one request.
-    pub connect_timeout: Duration,
-    /// Without a byte for so long, a transfer counts as stalled.
-    pub idle_timeout: Duration,
+    /// How hosts are asked that no source is for.
+    pub rules: Rules,
+    /// How certain hosts are asked; the first that fits is used.
+    pub sources: Vec<SourceRules>,
     /// For a whole fetch with all its retries.
     pub total_timeout: Duration,
     /// Rounds over the candidates; at least one.
@@ -69,12 +72,8 @@ pub struct Config {
     pub pause: Duration,
     /// Largest file, bytes as transferred.
     pub size_max: u64,
-    /// Redirects followed per request.
-    pub redirects_max: usize,
     /// Directories that `file` URLs may name files below. Absolute, without `..`.
     pub file_roots: Vec<PathBuf>,
-    /// What may be asked.
-    pub policy: UrlPolicy,
     /// URLs with a prefix are fetched from elsewhere; the first rule that fits is used.
     pub mirrors: Vec<Mirror>,
 }
@@ -82,15 +81,19 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Config {
-            connect_timeout: Duration::from_secs(10),
-            idle_timeout: Duration::from_secs(30),
+            rules: Rules {
+                policy: UrlPolicy::default(),
+                connect_timeout: Duration::from_secs(10),
+                idle_timeout: Duration::from_secs(30),
+                redirects_max: 5,
+                authorities: Authorities::Host,
+            },
+            sources: Vec::new(),
             total_timeout: Duration::from_secs(3600),
             attempts: 5,
             pause: Duration::from_millis(500),
             size_max: 16 * GIB,
-            redirects_max: 5,
             file_roots: Vec::new(),
-            policy: UrlPolicy::default(),
             mirrors: Vec::new(),
         }
     }
@@ -143,10 +146,7 @@ pub fn check_url_text(text: &str) -> Result<()> {
 #[derive(Debug)]
 pub struct Fetcher {
     config: Config,
-    /// Asks what the policy allows. Made at the first use: a host that only has files needs no TLS certificates.
-    guarded: OnceLock<Client>,
-    /// Asks mirrors.
-    trusted: OnceLock<Client>,
+    clients: Clients,
     /// Mirrors that failed a moment ago, and until when they are asked last.
     sick: Mutex<HashMap<String, Instant>>,
 }
@@ -222,7 +222,7 @@ impl Fetcher {
                 }
             }
         }
-        Ok(Fetcher { config, guarded: OnceLock::new(), trusted: OnceLock::new(), sick: Mutex::default() })
+        Ok(Fetcher { clients: Clients::new(&config), config, sick: Mutex::default() })
     }
 
     /// Whether a URL could be fetched as far as its text tells. `Kind::InvalidRequest` (`URL_INVALID`) when it is no URL, `Kind::PermissionDenied`
@@ -311,7 +311,7 @@ impl Fetcher {
             if url.scheme() == "file" {
                 return Ok(vec![Candidate::File { url: url.clone(), place: file::place(url, &self.config.file_roots)? }]);
             }
-            self.config.policy.check_url(url)?;
+            self.config.rules(url).1.policy.check_url(url)?;
             return Ok(vec![Candidate::Http { url: url.clone(), is_mirror: false }]);
         };
         let mut candidates = Vec::new();

@@ -9,6 +9,7 @@ use std::{
 };
 
 use reqwest::Url;
+use serde::Deserialize;
 
 use crate::error::{Error, Kind, Result, Stage};
 
@@ -16,7 +17,8 @@ use crate::error::{Error, Kind, Result, Stage};
 const URL_LEN_MAX: usize = 8192;
 
 /// A range of addresses, `10.0.0.0/8` or `fd00::/8`; a lone address is a range of one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub struct Network {
     address: IpAddr,
     prefix_len: u8,
@@ -53,6 +55,14 @@ impl FromStr for Network {
             return Err(bad());
         }
         Ok(Network { address, prefix_len })
+    }
+}
+
+impl TryFrom<String> for Network {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 
@@ -164,7 +174,8 @@ pub(super) fn shown(url: &Url) -> String {
     if query { format!("{url}?…") } else { url.to_string() }
 }
 
-fn host_matches(pattern: &str, host: &str) -> bool {
+/// Whether a host is named by a pattern: itself, or `*.` and a name that it is below.
+pub(super) fn host_matches(pattern: &str, host: &str) -> bool {
     let host = host.trim_end_matches('.');
     match pattern.strip_prefix("*.") {
         Some(domain) => {

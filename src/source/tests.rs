@@ -16,6 +16,8 @@ use tokio::{
 
 use super::*;
 
+mod https;
+
 #[derive(Debug, Clone)]
 struct Request {
     /// Counted from 1.
@@ -127,14 +129,21 @@ fn content(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
 }
 
+fn with_policy(policy: UrlPolicy) -> Config {
+    Config { rules: Rules { policy, ..config().rules }, ..config() }
+}
+
 fn config() -> Config {
     Config {
-        connect_timeout: Duration::from_secs(2),
-        idle_timeout: Duration::from_millis(300),
+        rules: Rules {
+            connect_timeout: Duration::from_secs(2),
+            idle_timeout: Duration::from_millis(300),
+            policy: UrlPolicy { allow_addresses: vec!["127.0.0.1".parse().expect("an address")], ..UrlPolicy::default() },
+            ..Config::default().rules
+        },
         total_timeout: Duration::from_secs(20),
         attempts: 3,
         pause: Duration::from_millis(10),
-        policy: UrlPolicy { allow_addresses: vec!["127.0.0.1".parse().expect("an address")], ..UrlPolicy::default() },
         ..Config::default()
     }
 }
@@ -350,7 +359,7 @@ async fn stalls_are_cut_and_resumed() {
         }
     })
     .await;
-    let config = Config { connect_timeout: Duration::from_millis(200), ..config() };
+    let config = Config { rules: Rules { connect_timeout: Duration::from_millis(200), ..config().rules }, ..config() };
     run(config, &server.url("/x"), None).await.fetched(&bytes);
     assert_eq!(server.requests()[2].range_start(), Some(50_000));
 }
@@ -425,7 +434,7 @@ async fn redirects_are_followed_checked_and_counted() {
     let before = server.requests().len();
     run(config(), &server.url("/loop"), None).await.failed(Kind::Corrupt, "TOO_MANY_REDIRECTS");
     assert_eq!(server.requests().len() - before, 6);
-    let denying = Config { policy: UrlPolicy { deny_hosts: vec!["localhost".into()], ..config().policy }, ..config() };
+    let denying = with_policy(UrlPolicy { deny_hosts: vec!["localhost".into()], ..config().rules.policy });
     run(denying, &server.url("/name"), None).await.failed(Kind::PermissionDenied, "URL_NOT_ALLOWED");
 }
 
@@ -433,7 +442,7 @@ async fn redirects_are_followed_checked_and_counted() {
 async fn a_name_that_leads_to_a_denied_address_gets_no_packet() {
     let server = Server::start(|_| vec![send("200 OK\r\nContent-Length: 5", b"hello")]).await;
     let url = format!("http://localhost:{}/x", server.port);
-    let closed = Config { policy: UrlPolicy::default(), ..config() };
+    let closed = with_policy(UrlPolicy::default());
     let run = run(closed.clone(), &url, None).await;
     let error = run.failed(Kind::PermissionDenied, "URL_NOT_ALLOWED");
     assert!(error.message().contains("127.0.0.1") || error.message().contains("::1"), "{error:?}");
@@ -452,7 +461,7 @@ async fn mirrors_are_asked_in_order_instead_of_the_origin() {
     let away = Server::start(|_| vec![send("302 Found\r\nLocation: http://127.0.0.1:1/x\r\nContent-Length: 0", b"")]).await;
     let mirror = |servers: &[&Server]| Config {
         // Mirrors may be at private addresses, what strangers name may not.
-        policy: UrlPolicy::default(),
+        rules: Rules { policy: UrlPolicy::default(), ..config().rules },
         mirrors: vec![Mirror { prefix: "https://deb.example/cloud/".into(), replace: servers.iter().map(|server| server.url("/m/")).collect() }],
         ..config()
     };
@@ -481,7 +490,8 @@ async fn mirrors_that_lie_stall_truncate_or_answer_with_a_page_are_passed_over_a
     let right = Server::start(move |request| good(request, &whole, "\"a\"")).await;
     let servers = [&lying, &stalling, &truncating, &page, &right];
     let mirrors = vec![Mirror { prefix: "https://deb.example/cloud/".into(), replace: servers.map(|server| server.url("/")).to_vec() }];
-    let fetcher = Fetcher::new(Config { connect_timeout: Duration::from_millis(200), mirrors, ..config() }).expect("good");
+    let fetcher =
+        Fetcher::new(Config { rules: Rules { connect_timeout: Duration::from_millis(200), ..config().rules }, mirrors, ..config() }).expect("good");
     let descriptor = Descriptor { url: "https://deb.example/cloud/x".into(), digest: Some(Digest::of(&bytes)), size: Some(50_000) };
     let dir = tempfile::tempdir().expect("a directory");
     for name in ["first", "second"] {
@@ -523,7 +533,7 @@ async fn cancelling_ends_a_stalled_transfer_soon() {
     let server = Server::start(|_| vec![send("200 OK\r\nContent-Length: 100", b"hello"), Step::Wait(Duration::from_secs(60))]).await;
     let dir = tempfile::tempdir().expect("a directory");
     let progress = Progress::default();
-    let fetcher = Fetcher::new(Config { idle_timeout: Duration::from_secs(60), ..config() }).expect("good");
+    let fetcher = Fetcher::new(Config { rules: Rules { idle_timeout: Duration::from_secs(60), ..config().rules }, ..config() }).expect("good");
     let descriptor = Descriptor { url: server.url("/x"), digest: None, size: None };
     let canceller = progress.clone();
     tokio::spawn(async move {

@@ -104,7 +104,7 @@ pub fn mirrors(config: &Config) -> Vec<Mirror> {
 impl Source {
     fn open(engine: &Engine, config: StreamConfig) -> Result<Source> {
         let (root, start) = root_of(&config.url)?;
-        let mut fetch = fetcher_config(&engine.config.fetch);
+        let mut fetch = fetcher_config(&engine.config);
         fetch.mirrors.extend(mirrors(&engine.config));
         fetch.size_max = config.max_document_size.0;
         let limits = Limits { bytes_max: config.max_document_size.0, ..Limits::default() };
