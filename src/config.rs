@@ -14,7 +14,7 @@ use std::{
 
 pub use access::{Access, Fingerprint, OWNER_LEN_MAX, Role};
 pub use fetch::{Fetch, Mirror, Source};
-pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls};
+pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls, TlsVersion};
 
 use serde::Deserialize;
 

@@ -11,11 +11,26 @@ use crate::{
     host::info::{Hypervisor, space},
     proto::{self, host_service_server::HostService},
     render::{Engine, blocking},
+    server::tls::{self, Certificates},
     target::{Place, Pool, VolumeFormat},
 };
 
 /// The service over the engine.
-pub struct Hosts(pub Arc<Engine>);
+pub struct Hosts {
+    /// The engine.
+    pub engine: Arc<Engine>,
+    /// What the TCP listener shows, when it speaks TLS.
+    pub certificates: Option<Arc<Certificates>>,
+}
+
+fn tls_status(status: &tls::Status) -> proto::TlsStatus {
+    proto::TlsStatus {
+        certificate_sha256: status.fingerprint.hex(),
+        not_after: Some(encode::timestamp(status.not_after)),
+        loaded_at: Some(encode::timestamp(status.loaded)),
+        reload_error: status.error.clone().unwrap_or_default(),
+    }
+}
 
 fn pool_info(pool: &Pool) -> proto::PoolInfo {
     match &pool.place {
@@ -50,7 +65,7 @@ fn pool_info(pool: &Pool) -> proto::PoolInfo {
 impl HostService for Hosts {
     async fn list_platforms(&self, request: Request<proto::ListPlatformsRequest>) -> Result<Response<proto::ListPlatformsResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let platforms = self.0.config.platforms.iter().filter(|platform| caller.may_use_platform(platform.name.as_str()));
+        let platforms = self.engine.config.platforms.iter().filter(|platform| caller.may_use_platform(platform.name.as_str()));
         let mut platforms: Vec<_> = platforms.map(encode::platform).collect();
         platforms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Response::new(proto::ListPlatformsResponse { platforms }))
@@ -58,7 +73,8 @@ impl HostService for Hosts {
 
     async fn get_host_info(&self, request: Request<proto::GetHostInfoRequest>) -> Result<Response<proto::GetHostInfoResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let engine = Arc::clone(&self.0);
+        let engine = Arc::clone(&self.engine);
+        let tls = self.certificates.as_ref().map(|certificates| tls_status(&certificates.status()));
         let response = blocking(Stage::Host, move || {
             let host = engine.host_info()?;
             let (renders_running, renders_queued) = engine.load();
@@ -87,6 +103,7 @@ impl HostService for Hosts {
                 state_free_bytes: space(engine.store.dir()).map_or(0, |space| space.available_bytes),
                 renders_running,
                 renders_queued,
+                tls,
             })
         });
         Ok(Response::new(response.await?))

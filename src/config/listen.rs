@@ -40,12 +40,37 @@ pub struct Tls {
     pub key: PathBuf,
     /// PEM file with the authorities whose clients may call.
     pub client_ca: PathBuf,
+    /// PEM file with lists of revoked client certificates, one of each authority. A client that no list covers, or only one whose time is over, is refused.
+    /// Default: none is revoked.
+    pub client_crl: Option<PathBuf>,
+    /// Least version that is spoken: 1.2 or 1.3.
+    #[serde(default)]
+    pub min_version: TlsVersion,
+    /// Seconds between two looks at the files: those that changed are loaded. 0: only on SIGHUP.
+    #[serde(default = "reload_interval_secs")]
+    pub reload_interval_secs: u64,
+}
+
+/// Versions of TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+pub enum TlsVersion {
+    /// TLS 1.2 or later.
+    #[default]
+    #[serde(rename = "1.2")]
+    V1_2,
+    /// TLS 1.3.
+    #[serde(rename = "1.3")]
+    V1_3,
+}
+
+fn reload_interval_secs() -> u64 {
+    10
 }
 
 impl Tls {
     /// From the three files that there have to be.
     pub fn new(certificate: PathBuf, key: PathBuf, client_ca: PathBuf) -> Tls {
-        Tls { certificate, key, client_ca }
+        Tls { certificate, key, client_ca, client_crl: None, min_version: TlsVersion::default(), reload_interval_secs: reload_interval_secs() }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Listeners: a unix socket with peer credentials (its own, or one passed by systemd), TCP with mutual TLS; health, reflection, and drain on SIGTERM.
 
 pub mod accept;
+mod reload;
 pub mod tls;
 
 use std::{
@@ -38,7 +39,7 @@ use crate::{
         volume_service_server::VolumeServiceServer,
     },
     render::Engine,
-    server::accept::Door,
+    server::{accept::Door, tls::Certificates},
     store::Store,
 };
 
@@ -66,7 +67,9 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let (stop, stopping) = watch::channel(false);
     let mut tasks = tokio::task::JoinSet::new();
     let rules = Arc::new(Rules::new(&config));
-    let tls = config.listen.tls.as_ref().map(tls::acceptor).transpose()?;
+    let certificates = config.listen.tls.as_ref().map(Certificates::load).transpose()?;
+    let interval = config.listen.tls.as_ref().map_or(0, |tls| tls.reload_interval_secs);
+    let reloading = reload::watch(certificates.clone(), interval)?;
     raise_file_limit();
     let door = Door::new(Arc::clone(&rules), config.listen.max_connections);
     let (unix, bound) = unix_listener(&config.listen.unix, rules.let_others_in())?;
@@ -80,8 +83,10 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let health = health_service().await;
     let layer = AccessLayer::new();
     if let Some(tcp) = tcp {
-        let router = router(&engine, layer.clone(), health.clone())?;
-        let (wait, incoming) = (until(stopping.clone()), accept::tcp(tcp, door.clone(), move || tls.clone()));
+        let router = router(&engine, &certificates, layer.clone(), health.clone())?;
+        let acceptors = certificates.clone();
+        let (wait, incoming) =
+            (until(stopping.clone()), accept::tcp(tcp, door.clone(), move || acceptors.as_ref().map(|certificates| certificates.acceptor())));
         tasks.spawn(async move { router.serve_with_incoming_shutdown(incoming, wait).await });
     }
     if let (Some(address), Some(directory)) = (config.publish.listen, config.publish.directory.clone()) {
@@ -93,7 +98,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
             Ok(())
         });
     }
-    let router = router(&engine, layer, health)?;
+    let router = router(&engine, &certificates, layer, health)?;
     tasks.spawn(async move { router.serve_with_incoming_shutdown(accept::unix(unix, door), until(stopping)).await });
     tracing::info!(
         socket = %config.listen.unix.display(),
@@ -113,6 +118,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     preparing.abort();
     collecting.abort();
     syncing.abort();
+    reloading.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("draining");
     stop.send_replace(true);
@@ -195,7 +201,12 @@ async fn health_service() -> HealthServer<impl Health> {
     service
 }
 
-fn router(engine: &Arc<Engine>, layer: AccessLayer, health: HealthServer<impl Health>) -> Result<Router<Stack<AccessLayer, Identity>>> {
+fn router(
+    engine: &Arc<Engine>,
+    certificates: &Option<Arc<Certificates>>,
+    layer: AccessLayer,
+    health: HealthServer<impl Health>,
+) -> Result<Router<Stack<AccessLayer, Identity>>> {
     let reflection = |error: tonic_reflection::server::Error| Error::internal(Stage::Config, "reflection", "set up reflection").with_source(error);
     let builder = || tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(DESCRIPTOR_SET);
     let mut server =
@@ -211,7 +222,7 @@ fn router(engine: &Arc<Engine>, layer: AccessLayer, health: HealthServer<impl He
         .add_service(VolumeServiceServer::new(Volumes(Arc::clone(engine))))
         .add_service(CatalogueServiceServer::new(Catalogue(Arc::clone(engine))))
         .add_service(StoreServiceServer::new(Stores(Arc::clone(engine))))
-        .add_service(HostServiceServer::new(Hosts(Arc::clone(engine)))))
+        .add_service(HostServiceServer::new(Hosts { engine: Arc::clone(engine), certificates: certificates.clone() })))
 }
 
 /// Raises the number of files that may be open to what the service manager allows at most: each connection is one. The soft limit is low for the sake of

@@ -1,0 +1,34 @@
+//! What is read again while the daemon runs: on SIGHUP, and certificates when their files change.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::tls::Certificates;
+use crate::error::{Error, Result, Stage};
+
+/// Between two looks when looking is switched off; a timer has to have some period.
+const NEVER: Duration = Duration::from_secs(24 * 3600);
+
+/// Watches until the task that it gives is aborted. The signal's handler is there when this returns.
+pub fn watch(certificates: Option<Arc<Certificates>>, interval_secs: u64) -> Result<tokio::task::JoinHandle<()>> {
+    let mut hangup = signal(SignalKind::hangup()).map_err(|error| Error::io(Stage::Host, "signals", "listen for SIGHUP", error))?;
+    let looks = interval_secs > 0;
+    let interval = if looks { Duration::from_secs(interval_secs) } else { NEVER };
+    Ok(tokio::spawn(async move {
+        loop {
+            let asked = tokio::select! {
+                signal = hangup.recv() => signal.is_some(),
+                () = tokio::time::sleep(interval) => false,
+            };
+            let Some(certificates) = certificates.clone() else { continue };
+            let work = move || {
+                if asked || (looks && certificates.have_changed()) {
+                    // Told where it happens: in the log and in the status.
+                    let _ = certificates.reload();
+                }
+            };
+            let _ = tokio::task::spawn_blocking(work).await;
+        }
+    }))
+}
