@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use access::{Access, Fingerprint, OWNER_LEN_MAX, Role};
+pub use access::{Access, CallerLimits, Fingerprint, OWNER_LEN_MAX, Role};
 pub use fetch::{Fetch, Mirror, Source};
 pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls, TlsVersion};
 

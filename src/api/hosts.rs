@@ -1,6 +1,6 @@
 //! HostService.
 
-use std::sync::Arc;
+use std::{num::NonZeroU32, sync::Arc};
 
 use tonic::{Request, Response, Status};
 
@@ -69,6 +69,33 @@ impl HostService for Hosts {
         let mut platforms: Vec<_> = platforms.map(encode::platform).collect();
         platforms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Response::new(proto::ListPlatformsResponse { platforms }))
+    }
+
+    async fn get_caller(&self, request: Request<proto::GetCallerRequest>) -> Result<Response<proto::GetCallerResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let (engine, owner) = (Arc::clone(&self.engine), caller.owner().to_owned());
+        let (has, held) = blocking(Stage::Store, move || engine.usage(&owner)).await?;
+        let (grants, identity) = (caller.grants(), caller.identity());
+        let limits = &grants.limits;
+        Ok(Response::new(proto::GetCallerResponse {
+            owner: grants.owner.clone(),
+            identity: identity.to_string(),
+            role: grants.everywhere.map(|role| role.to_string()).unwrap_or_default(),
+            pool_roles: grants.pools.iter().map(|(pool, role)| (pool.to_string(), role.to_string())).collect(),
+            limits: Some(proto::CallerLimits {
+                volumes: limits.volumes,
+                virtual_size_bytes: limits.virtual_size.map(|size| size.0),
+                allocated_size_bytes: limits.allocated_size.map(|size| size.0),
+                concurrent_renders: limits.concurrent_renders,
+                calls_per_second: limits.calls_per_second.map(NonZeroU32::get),
+            }),
+            usage: Some(proto::CallerUsage {
+                volumes: has.volumes + held.made.volumes,
+                virtual_size_bytes: has.virtual_bytes + held.made.virtual_bytes,
+                allocated_size_bytes: has.allocated_bytes + held.made.allocated_bytes,
+                renders: held.renders,
+            }),
+        }))
     }
 
     async fn get_host_info(&self, request: Request<proto::GetHostInfoRequest>) -> Result<Response<proto::GetHostInfoResponse>, Status> {

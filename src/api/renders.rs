@@ -87,7 +87,7 @@ impl RenderService for Renders {
         self.name_image(&mut spec, Some(&request.idempotency_key))?;
         let spec = decode::render_spec(spec)?;
         check_pools(&caller, &spec)?;
-        let started = self.0.start(JobSpec::Render { key, spec: Box::new(spec) }).await?;
+        let started = self.0.start_for(JobSpec::Render { key, spec: Box::new(spec) }, Some(caller.claim())).await?;
         Ok(Response::new(proto::StartRenderResponse { created: started.created, render: Some(encode::render(started.snapshot)) }))
     }
 
@@ -161,12 +161,13 @@ impl RenderService for Renders {
     }
 
     async fn prerender(&self, request: Request<proto::PrerenderRequest>) -> Result<Response<proto::PrerenderResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let golden =
             GoldenOptions { platforms: decode::platforms(&request.platforms, "platforms")?, ..decode::golden_options(request.golden, "golden")? };
         let image_id = self.0.image_of_request(&request.image_id, None)?;
         let already_built = self.0.is_built(&image_id, &golden).await?;
-        let started = self.0.start(JobSpec::Prerender { image_id, golden }).await?;
+        let started = self.0.start_for(JobSpec::Prerender { image_id, golden }, Some(caller.claim())).await?;
         Ok(Response::new(proto::PrerenderResponse { render: Some(encode::render(started.snapshot)), already_built }))
     }
 

@@ -41,6 +41,9 @@ pub fn status_of(error: &Error) -> Status {
     if matches!(error.kind(), Kind::Conflict | Kind::Unsupported | Kind::NoSpace) {
         details.add_precondition_failure_violation(error.reason(), error.object(), error.message());
     }
+    if error.reason().starts_with("QUOTA_") {
+        details.add_quota_failure_violation(error.object(), error.message());
+    }
     if error.is_retryable() {
         details.set_retry_info(Some(RETRY_AFTER));
     }

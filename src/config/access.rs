@@ -3,13 +3,14 @@
 //! An entry names callers and what they get. A caller that several entries name gets everything that they give together: for each pool the highest role of
 //! the entries that cover it. What a caller owns and the limits it has come from the first entry that names it.
 
-use std::{collections::BTreeSet, fmt, str::FromStr};
+use std::{collections::BTreeSet, fmt, num::NonZeroU32, str::FromStr};
 
 use serde::Deserialize;
 
 use crate::{
     error::{Error, Result, Stage},
     names::{Digest, PoolName},
+    units::Bytes,
 };
 
 /// What a caller may do; each role includes those before it.
@@ -96,6 +97,27 @@ pub struct Access {
     pub platforms: Option<Vec<String>>,
     /// Patterns of the hosts that their images' root filesystems may come from, besides what `[fetch]` says. Default: all.
     pub image_hosts: Option<Vec<String>>,
+    /// What each owner may have and ask for.
+    #[serde(default)]
+    pub limits: CallerLimits,
+}
+
+/// What an owner may have and ask for; what is not given is not limited. All callers with the same owner share it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CallerLimits {
+    /// Volumes, data, swap and scratch volumes among them.
+    pub volumes: Option<u64>,
+    /// Virtual sizes of all volumes together.
+    pub virtual_size: Option<Bytes>,
+    /// What is allocated for them: as published, and for a render that runs what it will write.
+    pub allocated_size: Option<Bytes>,
+    /// Renders that wait or run, prerenders among them.
+    pub concurrent_renders: Option<u32>,
+    /// Calls a second in the long run, of all methods.
+    pub calls_per_second: Option<NonZeroU32>,
+    /// Calls at once after a pause. Default: those of one second.
+    pub burst: Option<NonZeroU32>,
 }
 
 impl Access {
@@ -113,6 +135,7 @@ impl Access {
             pools: None,
             platforms: None,
             image_hosts: None,
+            limits: CallerLimits::default(),
         }
     }
 
@@ -146,6 +169,9 @@ impl Access {
                 return wrong(key, "an empty pattern fits nobody".into());
             }
         }
+        if self.limits.burst.is_some() && self.limits.calls_per_second.is_none() {
+            return wrong("limits.burst", "goes with limits.calls_per_second".into());
+        }
         if let Some(named) = &self.pools {
             if named.is_empty() {
                 return wrong("pools", "is empty; leave it out for all pools".into());
@@ -176,6 +202,8 @@ mod tests {
             ("[[access]]\nuids=[1]\nrole='read'\nname=''", "access[0].name"),
             ("[[access]]\ncommon_names=['']\nrole='read'", "access[0].common_names"),
             ("[[access]]\nfingerprints=['abc']\nrole='read'", "SHA-256"),
+            ("[[access]]\nuids=[1]\nrole='read'\nlimits={burst=5}", "access[0].limits.burst"),
+            ("[[access]]\nuids=[1]\nrole='read'\nlimits={calls_per_second=0}", "calls_per_second"),
             ("[[access]]\nuid=[1]\nrole='read'", "uid"),
         ] {
             let error = Config::parse(text).expect_err(text);

@@ -18,7 +18,13 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     names::Digest,
     progress::{Progress, Reading},
-    render::{Engine, blocking, devices::ResolvedDevice, now_ms, resolve::Resolved},
+    render::{
+        Engine, blocking,
+        devices::ResolvedDevice,
+        now_ms,
+        quota::{Claim, Hold},
+        resolve::Resolved,
+    },
     spec::{JobSpec, first_difference},
     store::{
         catalog::Admitted,
@@ -62,8 +68,13 @@ pub struct Started {
 }
 
 impl Engine {
-    /// Admits a job and sets it going. Everything that can be refused without touching the host is refused here. Must be called on the runtime.
+    /// Admits a job of the daemon's own; see [`Engine::start_for`].
     pub async fn start(self: &Arc<Self>, job: JobSpec) -> Result<Started> {
+        self.start_for(job, None).await
+    }
+
+    /// Admits a job for an owner and sets it going. Everything that can be refused without touching the host is refused here. Must be called on the runtime.
+    pub async fn start_for(self: &Arc<Self>, job: JobSpec, claim: Option<Claim>) -> Result<Started> {
         let waiting = self.jobs.lock().expect("no panic while holding the job table").len();
         if waiting >= self.config.limits.queued_renders {
             return Err(Error::new(Kind::Busy, Stage::Request, "queue", format!("{waiting} renders wait or run, the limit is {waiting}"))
@@ -77,9 +88,20 @@ impl Engine {
         }
         let resolved = self.resolve(job).await?;
         let engine = Arc::clone(self);
-        let (resolved, reservation) = blocking(Stage::Resolve, move || engine.reserve(resolved)).await?;
+        let (resolved, held, claim) = blocking(Stage::Resolve, move || {
+            let (resolved, reservation) = Arc::clone(&engine).reserve(resolved)?;
+            let hold = claim.as_ref().map(|claim| engine.claim(claim, &resolved)).transpose()?;
+            Ok((resolved, (reservation, hold), claim))
+        })
+        .await?;
         let engine = Arc::clone(self);
-        let admitted = blocking(Stage::Store, move || engine.store.catalog.admit_render(record)).await?;
+        let admitted = blocking(Stage::Store, move || {
+            if let Some(claim) = &claim {
+                engine.store.catalog.note_render_owner(&record.key, &claim.owner)?;
+            }
+            engine.store.catalog.admit_render(record)
+        })
+        .await?;
         let record = match admitted {
             Admitted::Started(record) => record,
             Admitted::Existing(existing) => return self.same_or_conflict(existing, &resolved.canonical),
@@ -89,7 +111,7 @@ impl Engine {
         let snapshot = job.snapshot();
         let engine = Arc::clone(self);
         tokio::spawn(async move {
-            engine.run(&job, resolved, reservation).await;
+            engine.run(&job, resolved, held).await;
         });
         Ok(Started { snapshot, created: true })
     }
@@ -191,7 +213,7 @@ impl Engine {
         })
     }
 
-    async fn run(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved, reservation: Option<Reservation>) {
+    async fn run(self: &Arc<Self>, job: &Arc<Job>, resolved: Resolved, held: (Option<Reservation>, Option<Hold>)) {
         let started = std::time::Instant::now();
         let id = job.record.borrow().id.clone();
         let result = self.stages(job, resolved).await;
@@ -222,8 +244,8 @@ impl Engine {
             }
         };
         // Whoever sees the end may use key and name again at once: both are free before anybody is told.
+        drop(held);
         self.jobs.lock().expect("no panic while holding the job table").remove(&id);
-        drop(reservation);
         job.record.send_replace(record);
     }
 

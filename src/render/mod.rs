@@ -10,6 +10,7 @@
 //! volume    Golden + edits → patch → staged → published volumes + mapping  blocking
 //! collect   garbage: goldens and tarballs that nobody needs go when space is short
 //! admission space promised to renders that run; memory
+//! quota     what one owner's renders may take together
 //! reconfigure  a stopped instance's volume, changed in place
 //! start     which kernel an instance starts with on a platform, or why it does not
 //! machine   the whole machine in the forms of hypervisors' tools
@@ -30,6 +31,7 @@ pub mod jobs;
 mod machine;
 pub mod plan;
 pub mod prerender;
+pub mod quota;
 pub mod reconfigure;
 mod recover;
 pub mod resolve;
@@ -91,6 +93,8 @@ pub struct Engine {
     collecting: Mutex<()>,
     /// Goldens that the configuration wants prepared, as far as they are.
     prepared: Mutex<BTreeSet<Digest>>,
+    /// What renders hold of their owners' quotas.
+    quotas: Arc<quota::Quotas>,
     /// How fast bulk data is written.
     pacer: Arc<Pacer>,
     /// What is known of simplestreams sources.
@@ -121,6 +125,7 @@ impl Engine {
             admission: Admission::new(config.limits.memory_reserve.0),
             collecting: Mutex::new(()),
             prepared: Mutex::new(BTreeSet::new()),
+            quotas: Arc::default(),
             pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
             streams: Default::default(),
             config,

@@ -23,7 +23,7 @@ use tower::layer::util::{Identity, Stack};
 
 use crate::{
     api::{
-        authorise::{AccessLayer, Rules},
+        authorise::{AccessLayer, Rates, Rules},
         catalogue::Catalogue,
         hosts::Hosts,
         images::Images,
@@ -81,7 +81,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
         None => None,
     };
     let health = health_service().await;
-    let layer = AccessLayer::new();
+    let layer = AccessLayer::new(Rates::new(&config.access));
     if let Some(tcp) = tcp {
         let router = router(&engine, &certificates, layer.clone(), health.clone())?;
         let acceptors = certificates.clone();

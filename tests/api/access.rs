@@ -158,6 +158,7 @@ fn cases(render: &str) -> Vec<Case> {
         case("/cloudlet.v1.CatalogueService/CheckDeleteImage", CheckDeleteImageRequest { image: nothing.clone() }, Role::Read, NotFound, NotFound),
         case("/cloudlet.v1.HostService/GetHostInfo", GetHostInfoRequest {}, Role::Read, Ok, Ok),
         case("/cloudlet.v1.HostService/ListPlatforms", ListPlatformsRequest {}, Role::Read, Ok, Ok),
+        case("/cloudlet.v1.HostService/GetCaller", GetCallerRequest {}, Role::Read, Ok, Ok),
         case("/cloudlet.v1.ImageService/CreateImage", CreateImageRequest::default(), Role::Render, InvalidArgument, InvalidArgument),
         case("/cloudlet.v1.ImageService/UploadRootfs", chunk, Role::Render, InvalidArgument, InvalidArgument),
         case("/cloudlet.v1.ImageService/GetImage", GetImageRequest { image_id: nothing.clone() }, Role::Read, NotFound, NotFound),

@@ -7,6 +7,7 @@ mod images;
 mod lifecycle;
 mod pki;
 mod platforms;
+mod quotas;
 mod renders;
 mod store;
 mod streams;

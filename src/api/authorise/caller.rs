@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     host::block::glob_matches,
     names::PoolName,
+    render::quota::Claim,
 };
 
 /// The other end of a connection with what it is granted: found out once, when the connection is made.
@@ -42,6 +43,21 @@ impl Caller {
     /// What the caller's volumes belong to.
     pub fn owner(&self) -> &str {
         &self.grants.owner
+    }
+
+    /// What renders of the caller are held to.
+    pub fn claim(&self) -> Claim {
+        Claim { owner: self.grants.owner.clone(), limits: self.grants.limits }
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// What it is granted.
+    pub fn grants(&self) -> &Grants {
+        &self.grants
     }
 
     /// `Kind::PermissionDenied` (`POOL_NOT_ALLOWED`, `ROLE_TOO_LOW`) unless the caller has at least `role` in the pool. `field` is where the pool stands in
@@ -109,6 +125,7 @@ mod tests {
             pools: [("a".parse().expect("valid"), Role::Read)].into(),
             platforms: Some(vec!["m1.*".into()]),
             image_hosts: Some(vec!["*.example.com".into()]),
+            limits: Default::default(),
         }
     }
 

@@ -14,7 +14,7 @@ use tower::{Layer, Service};
 use crate::{
     api::{
         authorise::{
-            Caller, Peer,
+            Caller, Peer, Rates,
             table::{self, Rule, Scope},
         },
         status::ERROR_DOMAIN,
@@ -24,13 +24,15 @@ use crate::{
 };
 
 /// Puts [`AccessService`] before all services of a server.
-#[derive(Debug, Clone, Default)]
-pub struct AccessLayer {}
+#[derive(Clone)]
+pub struct AccessLayer {
+    rates: Rates,
+}
 
 impl AccessLayer {
-    /// A layer.
-    pub fn new() -> AccessLayer {
-        AccessLayer {}
+    /// A layer; those of all listeners are clones of one, so that owners have one rate.
+    pub fn new(rates: Rates) -> AccessLayer {
+        AccessLayer { rates }
     }
 }
 
@@ -38,14 +40,15 @@ impl<S> Layer<S> for AccessLayer {
     type Service = AccessService<S>;
 
     fn layer(&self, inner: S) -> AccessService<S> {
-        AccessService { inner }
+        AccessService { inner, rates: self.rates.clone() }
     }
 }
 
 /// Lets through who may call what is called, with a [`Caller`] among the request's extensions.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct AccessService<S> {
     inner: S,
+    rates: Rates,
 }
 
 impl<S, B> Service<http::Request<B>> for AccessService<S>
@@ -63,7 +66,8 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
-        match admit(request.uri().path(), request.extensions().get::<Peer>()) {
+        let admitted = admit(request.uri().path(), request.extensions().get::<Peer>());
+        match admitted.and_then(|caller| self.rates.check(caller.grants()).map(|()| caller)) {
             Ok(caller) => {
                 request.extensions_mut().insert(caller);
                 Box::pin(self.inner.call(request))
@@ -128,7 +132,7 @@ mod tests {
 
     fn peer(everywhere: Option<Role>, pool: Option<Role>) -> Peer {
         let pools = pool.map(|role| ("a".parse().expect("valid"), role)).into_iter().collect();
-        let grants = Grants { owner: "x".into(), everywhere, pools, platforms: None, image_hosts: None };
+        let grants = Grants { owner: "x".into(), everywhere, pools, platforms: None, image_hosts: None, limits: Default::default() };
         Peer { identity: Arc::new(Identity::of_process(7, 7, None, false)), grants: Some(Arc::new(grants)) }
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use crate::{
     api::authorise::identity::Identity,
-    config::{Access, Config, Role},
+    config::{Access, CallerLimits, Config, Role},
     host::block::glob_matches,
     names::PoolName,
 };
@@ -35,6 +35,8 @@ pub struct Grants {
     pub platforms: Option<Vec<String>>,
     /// Patterns of the hosts of root filesystems; none for all.
     pub image_hosts: Option<Vec<String>>,
+    /// What the owner may have and ask for.
+    pub limits: CallerLimits,
 }
 
 impl Rules {
@@ -74,6 +76,7 @@ impl Rules {
             pools: BTreeMap::new(),
             platforms: together(is_administrator, matching.iter().map(|entry| entry.platforms.as_ref())),
             image_hosts: together(is_administrator, matching.iter().map(|entry| entry.image_hosts.as_ref())),
+            limits: matching.first().map(|entry| entry.limits).unwrap_or_default(),
         };
         for entry in &matching {
             match &entry.pools {

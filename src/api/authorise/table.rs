@@ -71,6 +71,7 @@ pub const RULES: &[Rule] = &[
     rule(CATALOGUE, "CheckDeleteImage", Role::Read, Scope::Host, Effect::Reads),
     rule(HOST, "GetHostInfo", Role::Read, Scope::Host, Effect::Reads),
     rule(HOST, "ListPlatforms", Role::Read, Scope::Host, Effect::Reads),
+    rule(HOST, "GetCaller", Role::Read, Scope::Host, Effect::Reads),
     rule(IMAGE, "CreateImage", Role::Render, Scope::Host, Effect::Changes),
     rule(IMAGE, "UploadRootfs", Role::Render, Scope::Host, Effect::Changes),
     rule(IMAGE, "GetImage", Role::Read, Scope::Host, Effect::Reads),

@@ -7,6 +7,7 @@
 pub mod gc;
 pub mod leases;
 pub mod names;
+pub mod owners;
 mod rows;
 mod schema;
 pub mod streams;

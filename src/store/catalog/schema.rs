@@ -2,11 +2,11 @@
 
 use rusqlite::Connection;
 
-use super::failed;
+use super::{failed, owners};
 use crate::error::{Error, Kind, Result, Stage};
 
 /// Version of the tables, kept in `user_version`: every step adds one.
-const SCHEMA_VERSION: i64 = 3;
+const SCHEMA_VERSION: i64 = 4;
 
 const SCHEMA: &str = "
 CREATE TABLE images (
@@ -60,9 +60,10 @@ pub(super) fn prepare(connection: &Connection, object: &str) -> Result<()> {
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed("read schema version"))?;
     // A new catalogue has the tables of version 2 at once; what came later is added to either.
     let steps: &[&str] = match version {
-        0 => &[SCHEMA, FROM_2],
-        1 => &[FROM_1, FROM_2],
-        2 => &[FROM_2],
+        0 => &[SCHEMA, FROM_2, owners::TABLES],
+        1 => &[FROM_1, FROM_2, owners::TABLES],
+        2 => &[FROM_2, owners::TABLES],
+        3 => &[owners::TABLES],
         SCHEMA_VERSION => return Ok(()),
         other => {
             let message = format!("the catalogue has schema version {other}, this cloudletd knows {SCHEMA_VERSION}");
@@ -94,6 +95,7 @@ mod tests {
             "allocated_size_bytes":0,"backing":null,"pinned":null}"#;
         let old = Connection::open(&path).expect("opens");
         old.execute_batch(VOLUMES_1).expect("tables");
+        old.execute_batch("CREATE TABLE renders (id TEXT PRIMARY KEY, key TEXT NOT NULL UNIQUE) STRICT;").expect("tables");
         old.execute("INSERT INTO volumes VALUES ('default','web1',?1,?2,'img-1','rnd-1',NULL,7)", [volume, mapping]).expect("a row");
         old.pragma_update(None, "user_version", 1).expect("a version");
         drop(old);
