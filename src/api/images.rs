@@ -1,6 +1,6 @@
 //! ImageService.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Response, Status, Streaming};
 
@@ -10,7 +10,7 @@ use crate::{
     manifest::Manifest,
     names::Digest,
     proto::{self, image_service_server::ImageService},
-    render::{Engine, blocking, now_secs},
+    render::{Engine, UPLOADS_MAX, blocking, now_secs},
     store::records::ImageRecord,
 };
 
@@ -28,6 +28,17 @@ fn check_source(caller: &Caller, request: &proto::CreateImageRequest) -> Result<
     let manifest = Manifest::parse(request.manifest_json.as_bytes()).ok();
     let url = manifest.as_ref().and_then(|manifest| manifest.rootfs()).and_then(|rootfs| rootfs.url.as_deref());
     [url, Some(request.rootfs_url.as_str())].into_iter().flatten().filter(|url| !url.is_empty()).try_for_each(|url| caller.check_image_url(url))
+}
+
+/// The next message of an upload; a sender that is silent for `idle` has its place taken away.
+async fn next(stream: &mut Streaming<proto::UploadRootfsRequest>, idle: Duration) -> Result<Option<proto::UploadRootfsRequest>, Status> {
+    match tokio::time::timeout(idle, stream.message()).await {
+        Ok(message) => message,
+        Err(_) => {
+            let why = format!("the sender sent nothing for {} s", idle.as_secs());
+            Err(Error::new(Kind::Timeout, Stage::Fetch, "upload", why).with_reason("UPLOAD_STALLED").into())
+        }
+    }
 }
 
 impl Images {
@@ -79,7 +90,13 @@ impl ImageService for Images {
     async fn upload_rootfs(&self, request: Request<Streaming<proto::UploadRootfsRequest>>) -> Result<Response<proto::UploadRootfsResponse>, Status> {
         use proto::upload_rootfs_request::Part;
         let mut stream = request.into_inner();
-        let header = match stream.message().await?.and_then(|message| message.part) {
+        // Each has a thread, and the sender decides how long.
+        let _permit = self.0.upload_permits.try_acquire().map_err(|_| {
+            let why = format!("{UPLOADS_MAX} uploads go on already");
+            Error::new(Kind::Busy, Stage::Fetch, "upload", why).with_reason("UPLOADS_BUSY").with_hint("try again later")
+        })?;
+        let idle = Duration::from_secs(self.0.config.fetch.idle_timeout_secs);
+        let header = match next(&mut stream, idle).await?.and_then(|message| message.part) {
             Some(Part::Header(header)) => header,
             _ => return Err(Error::field(Stage::Request, "header", "the first message must be the header").into()),
         };
@@ -113,7 +130,7 @@ impl ImageService for Images {
         }));
         // An empty chunk marks the end: a channel that closes without one means the caller went away.
         loop {
-            match stream.message().await? {
+            match next(&mut stream, idle).await? {
                 Some(proto::UploadRootfsRequest { part: Some(Part::Chunk(chunk)) }) => {
                     if !chunk.is_empty() && sender.send(chunk).await.is_err() {
                         break;

@@ -66,6 +66,9 @@ const HOST_INFO_AGE_MAX: Duration = Duration::from_secs(60);
 /// Goldens whose facts are kept parsed in memory. A provider renders from a handful of images at a time.
 const LOADED_GOLDENS_MAX: usize = 32;
 
+/// Uploads at one time. Each holds a blocking thread for as long as the sender likes, and those are what everything else runs on.
+pub const UPLOADS_MAX: usize = 16;
+
 /// Everything the stages share. One per daemon.
 pub struct Engine {
     /// The store.
@@ -83,6 +86,8 @@ pub struct Engine {
     builds: Flights<Digest>,
     fetch_permits: Semaphore,
     build_permits: Semaphore,
+    /// One per upload that goes on.
+    pub upload_permits: Semaphore,
     render_permits: Arc<Semaphore>,
     jobs: Mutex<HashMap<String, Arc<Job>>>,
     /// Volumes that a job is making, so that two jobs never make the same one.
@@ -118,6 +123,7 @@ impl Engine {
             fetches: Flights::default(),
             builds: Flights::default(),
             fetch_permits: Semaphore::new(config.limits.concurrent_fetches),
+            upload_permits: Semaphore::new(UPLOADS_MAX),
             build_permits: Semaphore::new(config.limits.concurrent_builds),
             render_permits: Arc::new(Semaphore::new(config.limits.concurrent_renders)),
             jobs: Mutex::new(HashMap::new()),
