@@ -1,6 +1,7 @@
 //! The configuration file: TOML, every key with a default and a unit, unknown keys refused, everything cross-checked before a socket is bound.
 
 mod access;
+mod audit;
 mod fetch;
 mod gc;
 mod kernels;
@@ -13,6 +14,7 @@ use std::{
 };
 
 pub use access::{Access, CallerLimits, Fingerprint, OWNER_LEN_MAX, Role};
+pub use audit::AuditConfig;
 pub use fetch::{Fetch, Mirror, Source};
 pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls, TlsVersion};
 
@@ -46,6 +48,8 @@ pub struct Config {
     pub listen: Listen,
     /// Who may do what. Default: whoever `listen` lets in may do everything.
     pub access: Vec<Access>,
+    /// Who did what.
+    pub audit: AuditConfig,
     /// Pools that volumes live in. Default: one directory pool named `default` in `STATE_DIR/volumes`.
     #[serde(rename = "pool")]
     pub pools: Vec<PoolConfig>,
@@ -269,6 +273,7 @@ impl Default for Config {
             state_dir: STATE_DIR_DEFAULT.into(),
             listen: Listen::default(),
             access: Vec::new(),
+            audit: AuditConfig::default(),
             pools: Vec::new(),
             fetch: Fetch::default(),
             sources: Vec::new(),
@@ -335,6 +340,7 @@ impl Config {
         }
         self.listen.check()?;
         self.fetch.check()?;
+        self.audit.check()?;
         for (index, source) in self.sources.iter().enumerate() {
             source.check(index, &self.fetch)?;
         }
@@ -453,6 +459,9 @@ mod tests {
             ("[[source]]\nports=[80]", "hosts"),
             ("[[source]]\nhosts=['a']\nidle_timeout_secs=0", "source[0].idle_timeout_secs"),
             ("[[source]]\nhosts=['a']\nca_file='ca.pem'", "source[0].ca_file"),
+            ("[audit]\nrequired=true", "audit.required"),
+            ("[audit]\nfile='a.log'", "audit.file"),
+            ("[audit]\nfile='/a.log'\nstderr=true", "audit.stderr"),
             ("[golden]\nsize='1 KiB'", "golden.size"),
             ("[limits]\nconcurrent_renders=0", "limits.concurrent_renders"),
             ("[gc]\nlow_water_percent=99", "gc.low_water_percent"),

@@ -81,6 +81,7 @@ impl ImageService for Images {
         let response = blocking(Stage::Resolve, move || {
             check_source(&caller, &request)?;
             let (record, created) = images.0.create_image(&request.manifest_json, &request.rootfs_digest, &request.rootfs_url)?;
+            caller.note("image", &record.id);
             tracing::info!(image = %record.id, created, "image catalogued");
             Ok(proto::CreateImageResponse { image: Some(images.encode(record)?), created })
         });
@@ -89,6 +90,7 @@ impl ImageService for Images {
 
     async fn upload_rootfs(&self, request: Request<Streaming<proto::UploadRootfsRequest>>) -> Result<Response<proto::UploadRootfsResponse>, Status> {
         use proto::upload_rootfs_request::Part;
+        let caller = Caller::of(&request)?;
         let mut stream = request.into_inner();
         // Each has a thread, and the sender decides how long.
         let _permit = self.0.upload_permits.try_acquire().map_err(|_| {
@@ -146,6 +148,7 @@ impl ImageService for Images {
         drop(sender);
         let written = writer.await.map_err(|error| Error::internal(Stage::Fetch, "upload", "the writer panicked").with_source(error))?;
         let (digest, size) = written?;
+        caller.note("rootfs", digest);
         tracing::info!(%digest, size, "root filesystem uploaded");
         Ok(Response::new(proto::UploadRootfsResponse {
             rootfs: Some(proto::Rootfs { url: String::new(), digest: digest.to_string(), size_bytes: size, media_type: String::new(), cached: true }),
@@ -166,7 +169,9 @@ impl ImageService for Images {
     }
 
     async fn delete_image(&self, request: Request<proto::DeleteImageRequest>) -> Result<Response<proto::DeleteImageResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let id = request.into_inner().image_id;
+        caller.note("image", &id);
         let engine = Arc::clone(&self.0);
         blocking(Stage::Store, move || {
             engine.delete_image(&id)?;

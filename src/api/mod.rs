@@ -1,5 +1,6 @@
 //! The gRPC services: decode, call, encode. No decisions are made here.
 
+pub mod audit;
 pub mod authorise;
 pub mod catalogue;
 pub mod decode;

@@ -82,12 +82,16 @@ impl RenderService for Renders {
     async fn start_render(&self, request: Request<proto::StartRenderRequest>) -> Result<Response<proto::StartRenderResponse>, Status> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("key", &request.idempotency_key);
         let key = request.idempotency_key.parse().map_err(|why: String| Error::field(Stage::Request, "idempotency_key", why))?;
         let mut spec = request.spec;
         self.name_image(&mut spec, Some(&request.idempotency_key))?;
         let spec = decode::render_spec(spec)?;
+        caller.note("volume", format_args!("{}/{}", spec.pool, spec.volume));
+        caller.note("image", &spec.image_id);
         check_pools(&caller, &spec)?;
         let started = self.0.start_for(JobSpec::Render { key, spec: Box::new(spec) }, Some(caller.claim())).await?;
+        caller.note("render", &started.snapshot.record.id);
         Ok(Response::new(proto::StartRenderResponse { created: started.created, render: Some(encode::render(started.snapshot)) }))
     }
 
@@ -152,6 +156,7 @@ impl RenderService for Renders {
     async fn cancel_render(&self, request: Request<proto::CancelRenderRequest>) -> Result<Response<proto::CancelRenderResponse>, Status> {
         let caller = Caller::of(&request)?;
         let id = request.into_inner().render_id;
+        caller.note("render", &id);
         if let Some((pool, _)) = visible(&self.0, &caller, &id)?.record.volume {
             let pool = pool.parse().map_err(|why: String| Error::internal(Stage::Request, &id, why))?;
             caller.check_pool(&pool, Role::Render, "render_id")?;
@@ -166,8 +171,10 @@ impl RenderService for Renders {
         let golden =
             GoldenOptions { platforms: decode::platforms(&request.platforms, "platforms")?, ..decode::golden_options(request.golden, "golden")? };
         let image_id = self.0.image_of_request(&request.image_id, None)?;
+        caller.note("image", &image_id);
         let already_built = self.0.is_built(&image_id, &golden).await?;
         let started = self.0.start_for(JobSpec::Prerender { image_id, golden }, Some(caller.claim())).await?;
+        caller.note("render", &started.snapshot.record.id);
         Ok(Response::new(proto::PrerenderResponse { render: Some(encode::render(started.snapshot)), already_built }))
     }
 
@@ -185,7 +192,9 @@ impl RenderService for Renders {
     }
 
     async fn delete_golden(&self, request: Request<proto::DeleteGoldenRequest>) -> Result<Response<proto::DeleteGoldenResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let text = request.into_inner().golden_key;
+        caller.note("golden", &text);
         let key: Digest = format!("sha256:{text}").parse().map_err(|why: String| Error::field(Stage::Request, "golden_key", why))?;
         let engine = Arc::clone(&self.0);
         blocking(Stage::Store, move || {

@@ -109,6 +109,7 @@ impl VolumeService for Volumes {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let (pool, name) = names(request.volume)?;
+        caller.note("volume", format_args!("{pool}/{name}"));
         caller.check_pool(&pool, Role::Render, "volume.pool")?;
         let engine = Arc::clone(&self.0);
         let deleted = blocking(Stage::Target, move || {
@@ -131,6 +132,7 @@ impl VolumeService for Volumes {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let (pool, name) = names(request.volume)?;
+        caller.note("volume", format_args!("{pool}/{name}"));
         caller.check_pool(&pool, Role::Render, "volume.pool")?;
         let wanted = Reconfigure {
             pool,

@@ -23,6 +23,7 @@ use tower::layer::util::{Identity, Stack};
 
 use crate::{
     api::{
+        audit::Audit,
         authorise::{AccessLayer, Rates, Rules},
         catalogue::Catalogue,
         hosts::Hosts,
@@ -69,7 +70,8 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let rules = Arc::new(Rules::new(&config));
     let certificates = config.listen.tls.as_ref().map(Certificates::load).transpose()?;
     let interval = config.listen.tls.as_ref().map_or(0, |tls| tls.reload_interval_secs);
-    let reloading = reload::watch(certificates.clone(), interval)?;
+    let audit = Audit::open(&config.audit)?;
+    let reloading = reload::watch(certificates.clone(), audit.clone(), interval)?;
     raise_file_limit();
     let door = Door::new(Arc::clone(&rules), config.listen.max_connections);
     let (unix, bound) = unix_listener(&config.listen.unix, rules.let_others_in())?;
@@ -81,7 +83,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
         None => None,
     };
     let health = health_service().await;
-    let layer = AccessLayer::new(Rates::new(&config.access));
+    let layer = AccessLayer::new(Rates::new(&config.access), audit);
     if let Some(tcp) = tcp {
         let router = router(&engine, &certificates, layer.clone(), health.clone())?;
         let acceptors = certificates.clone();

@@ -5,13 +5,16 @@ use std::{sync::Arc, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::tls::Certificates;
-use crate::error::{Error, Result, Stage};
+use crate::{
+    api::audit::Audit,
+    error::{Error, Result, Stage},
+};
 
 /// Between two looks when looking is switched off; a timer has to have some period.
 const NEVER: Duration = Duration::from_secs(24 * 3600);
 
 /// Watches until the task that it gives is aborted. The signal's handler is there when this returns.
-pub fn watch(certificates: Option<Arc<Certificates>>, interval_secs: u64) -> Result<tokio::task::JoinHandle<()>> {
+pub fn watch(certificates: Option<Arc<Certificates>>, audit: Option<Arc<Audit>>, interval_secs: u64) -> Result<tokio::task::JoinHandle<()>> {
     let mut hangup = signal(SignalKind::hangup()).map_err(|error| Error::io(Stage::Host, "signals", "listen for SIGHUP", error))?;
     let looks = interval_secs > 0;
     let interval = if looks { Duration::from_secs(interval_secs) } else { NEVER };
@@ -21,6 +24,9 @@ pub fn watch(certificates: Option<Arc<Certificates>>, interval_secs: u64) -> Res
                 signal = hangup.recv() => signal.is_some(),
                 () = tokio::time::sleep(interval) => false,
             };
+            if let Some(audit) = audit.as_ref().filter(|_| asked) {
+                audit.reopen();
+            }
             let Some(certificates) = certificates.clone() else { continue };
             let work = move || {
                 if asked || (looks && certificates.have_changed()) {

@@ -1,6 +1,6 @@
 //! The caller of one request, as services see it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tonic::{Request, Status};
 
@@ -22,22 +22,48 @@ pub struct Peer {
     pub grants: Option<Arc<Grants>>,
 }
 
+/// What services note of a call for the audit log: names and digests, no content.
+#[derive(Debug, Clone, Default)]
+pub struct Notes(Arc<Mutex<Vec<(&'static str, String)>>>);
+
+/// Longest text that is noted, characters.
+const NOTE_LEN_MAX: usize = 256;
+
+impl Notes {
+    /// Takes what was noted.
+    pub fn take(&self) -> Vec<(&'static str, String)> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// The caller of one request; there is none unless the layer has let it through.
 #[derive(Debug, Clone)]
 pub struct Caller {
     identity: Arc<Identity>,
     grants: Arc<Grants>,
+    notes: Notes,
 }
 
 impl Caller {
     /// For the layer only: the role was checked.
     pub(super) fn new(identity: Arc<Identity>, grants: Arc<Grants>) -> Caller {
-        Caller { identity, grants }
+        Caller { identity, grants, notes: Notes::default() }
     }
 
     /// Whose request this is.
     pub fn of<T>(request: &Request<T>) -> Result<Caller, Status> {
         request.extensions().get::<Caller>().cloned().ok_or_else(|| Status::unauthenticated("nobody has checked who calls"))
+    }
+
+    /// Notes what the call is about, for the audit log.
+    pub fn note(&self, name: &'static str, value: impl std::fmt::Display) {
+        let value = value.to_string().chars().take(NOTE_LEN_MAX).collect();
+        self.notes.0.lock().unwrap_or_else(PoisonError::into_inner).push((name, value));
+    }
+
+    /// What is noted; shared with whoever notes.
+    pub fn notes(&self) -> Notes {
+        self.notes.clone()
     }
 
     /// What the caller's volumes belong to.

@@ -13,9 +13,10 @@ use tower::{Layer, Service};
 
 use crate::{
     api::{
+        audit::Audit,
         authorise::{
             Caller, Peer, Rates,
-            table::{self, Rule, Scope},
+            table::{self, Effect, Rule, Scope},
         },
         status::ERROR_DOMAIN,
     },
@@ -27,12 +28,13 @@ use crate::{
 #[derive(Clone)]
 pub struct AccessLayer {
     rates: Rates,
+    audit: Option<Arc<Audit>>,
 }
 
 impl AccessLayer {
     /// A layer; those of all listeners are clones of one, so that owners have one rate.
-    pub fn new(rates: Rates) -> AccessLayer {
-        AccessLayer { rates }
+    pub fn new(rates: Rates, audit: Option<Arc<Audit>>) -> AccessLayer {
+        AccessLayer { rates, audit }
     }
 }
 
@@ -40,7 +42,7 @@ impl<S> Layer<S> for AccessLayer {
     type Service = AccessService<S>;
 
     fn layer(&self, inner: S) -> AccessService<S> {
-        AccessService { inner, rates: self.rates.clone() }
+        AccessService { inner, layer: self.clone() }
     }
 }
 
@@ -48,7 +50,7 @@ impl<S> Layer<S> for AccessLayer {
 #[derive(Clone)]
 pub struct AccessService<S> {
     inner: S,
-    rates: Rates,
+    layer: AccessLayer,
 }
 
 impl<S, B> Service<http::Request<B>> for AccessService<S>
@@ -66,19 +68,54 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
-        let admitted = admit(request.uri().path(), request.extensions().get::<Peer>());
-        match admitted.and_then(|caller| self.rates.check(caller.grants()).map(|()| caller)) {
-            Ok(caller) => {
-                request.extensions_mut().insert(caller);
-                Box::pin(self.inner.call(request))
+        let path = request.uri().path();
+        let peer = request.extensions().get::<Peer>();
+        let admitted = admit(path, peer).and_then(|(caller, rule)| self.layer.rates.check(caller.grants()).map(|()| (caller, rule)));
+        let (caller, rule) = match admitted {
+            Ok(admitted) => admitted,
+            Err(status) => {
+                if let Some(audit) = &self.layer.audit {
+                    audit.deny(path, peer.map(|peer| &*peer.identity), &status);
+                }
+                return Box::pin(async move { Ok(status.into_http()) });
             }
-            Err(status) => Box::pin(async move { Ok(status.into_http()) }),
-        }
+        };
+        let audit = self.layer.audit.as_ref().map(Arc::clone);
+        let method = path.to_owned();
+        request.extensions_mut().insert(caller.clone());
+        // The one that was asked whether it is ready is the one that is called.
+        let next = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, next);
+        Box::pin(async move {
+            let Some(audit) = audit else { return inner.call(request).await };
+            if rule.effect == Effect::Reads {
+                let response = inner.call(request).await?;
+                // A service may know better than the table whether it may be looked at.
+                if let Some(status) = denied(response.headers()) {
+                    audit.deny(&method, Some(caller.identity()), &status);
+                }
+                return Ok(response);
+            }
+            let entry = match audit.begin(&method, caller.identity(), caller.owner(), caller.notes()).await {
+                Ok(entry) => entry,
+                Err(error) => return Ok(Status::from(error).into_http()),
+            };
+            let response = inner.call(request).await?;
+            entry.end(response.headers());
+            Ok(response)
+        })
     }
 }
 
+/// What an answer denies, if it does.
+fn denied(headers: &http::HeaderMap) -> Option<Status> {
+    // Most answers have no code in their headers, and nothing is parsed for them.
+    headers.get("grpc-status")?;
+    Status::from_header_map(headers).filter(|status| matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated))
+}
+
 /// Decides on a call as far as its method tells.
-fn admit(path: &str, peer: Option<&Peer>) -> Result<Caller, Status> {
+fn admit(path: &str, peer: Option<&Peer>) -> Result<(Caller, &'static Rule), Status> {
     let peer = peer.ok_or_else(|| unauthenticated("the caller's credentials are not known", "NO_CREDENTIALS"))?;
     if peer.identity.has_expired(now_secs()) {
         return Err(unauthenticated("the client certificate has ended since the connection was made", "CERTIFICATE_EXPIRED"));
@@ -91,7 +128,7 @@ fn admit(path: &str, peer: Option<&Peer>) -> Result<Caller, Status> {
     // Clients of a later protocol see this code for what is not there, and so does whoever calls what the table forgot.
     let rule = table::find(path).ok_or_else(|| Status::unimplemented(format!("there is no method {path}")))?;
     check_role(rule, grants.role_anywhere(), grants.everywhere, path, peer)?;
-    Ok(Caller::new(Arc::clone(&peer.identity), Arc::clone(grants)))
+    Ok((Caller::new(Arc::clone(&peer.identity), Arc::clone(grants)), rule))
 }
 
 fn check_role(

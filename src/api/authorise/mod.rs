@@ -3,7 +3,7 @@
 //! ```text
 //! connection ─ identity ─ rules ─▶ Peer {identity, grants}      once per connection: SO_PEERCRED (unix(7)) or the client's certificate
 //! call ─ layer ─ table: the method's role ─▶ Caller             every call of every service, also health and reflection; what is not in the table is refused
-//!                   rate: calls a second of the owner
+//!                   rate: calls a second of the owner; audit: what was denied, what changes something
 //! service ─ Caller::check_pool, Caller::sees                    where the pool is known
 //! ```
 //!
@@ -18,7 +18,7 @@ mod rate;
 mod rules;
 pub mod table;
 
-pub use caller::{Caller, Peer};
+pub use caller::{Caller, Notes, Peer};
 pub use identity::{Certificate, Identity};
 pub use layer::{AccessLayer, AccessService};
 pub use rate::Rates;
