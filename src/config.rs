@@ -443,6 +443,14 @@ mod tests {
     }
 
     #[test]
+    fn the_example_shows_the_defaults() {
+        let shown = Config::parse(include_str!("../systemd/cloudletd.toml.example")).expect("the example is correct");
+        let default = Config::default().checked().expect("defaults hold");
+        assert_eq!((shown.listen, shown.access, shown.audit), (default.listen, default.access, default.audit));
+        assert_eq!((shown.fetch, shown.sources), (default.fetch, default.sources));
+    }
+
+    #[test]
     fn unknown_keys_and_contradictions_are_named() {
         for (text, want) in [
             ("stat_dir = '/x'", "stat_dir"),
