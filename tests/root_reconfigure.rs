@@ -423,3 +423,91 @@ async fn while_a_volume_is_changed_nobody_else_gets_it_and_the_next_change_finis
     check_changed(&raw);
     assert!(loops::find_by_backing(&path).expect("list").is_empty());
 }
+
+/// The root filesystem of a disk as a file of its own.
+fn root_of_disk(daemon: &Daemon, mapping: &proto::GetMappingResponse, disk: &Path) -> PathBuf {
+    let root = mapping.mapping.as_ref().expect("a mapping").devices[0].filesystem.clone().expect("a filesystem");
+    let judged = daemon.dir.join("root.judged");
+    let (from, to) = (format!("if={}", text(disk)), format!("of={}", text(&judged)));
+    let (skip, count) = (format!("skip={}", root.offset_bytes), format!("count={}", root.size_bytes));
+    judge("dd", &[&from, &to, "bs=1M", "conv=sparse", "iflag=skip_bytes,count_bytes", &skip, &count]);
+    judged
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_root_partition_of_a_disk_is_found_and_nothing_else_is_touched() {
+    let mut daemon = Daemon::start().await;
+    let image = daemon.image().await;
+    for (name, format) in [("gpt-raw", VolumeFormat::Raw), ("gpt-overlay", VolumeFormat::Qcow2Overlay)] {
+        let golden = proto::GoldenOptions { layout: proto::DiskLayout::Gpt as i32, size_bytes: 256 * MIB, ..Default::default() };
+        daemon.render(name, proto::RenderSpec { golden: Some(golden), size_bytes: GIB, ..spec(&image, name, format) }).await;
+        let get = proto::GetMappingRequest { volume: Some(volume(name)), ..Default::default() };
+        let before = daemon.volumes.get_mapping(get.clone()).await.expect("a mapping").into_inner();
+        let filesystem = before.mapping.as_ref().expect("a mapping").devices[0].filesystem.clone().expect("a filesystem");
+        assert!(filesystem.offset_bytes >= MIB, "{filesystem:?}");
+        let disk = disk_of(&daemon, &before);
+        let table = judge("sfdisk", &["--dump", text(&disk)]);
+        let outside = |disk: &Path| {
+            let mut bytes = vec![0; filesystem.offset_bytes as usize];
+            File::open(disk).expect("open").read_exact_at(&mut bytes, 0).expect("read");
+            bytes
+        };
+        let boot = outside(&disk);
+        let fstab = cat(text(&root_of_disk(&daemon, &before, &disk)), "/etc/fstab");
+        assert!(fstab.contains(&filesystem.uuid), "{fstab}");
+
+        let answer = daemon.volumes.reconfigure_volume(change(name)).await.expect("reconfigures").into_inner();
+        assert!(answer.patch_blocks > 0 && answer.patch_blocks < 200, "{}", answer.patch_blocks);
+        let after = daemon.volumes.get_mapping(get).await.expect("a mapping").into_inner();
+        let disk = disk_of(&daemon, &after);
+        let root = root_of_disk(&daemon, &after, &disk);
+        check_changed(&root);
+        assert_eq!(cat(text(&root), "/etc/fstab"), fstab, "the root is mounted as before");
+        assert!(judge("sgdisk", &["-v", text(&disk)]).contains("No problems found"));
+        let names =
+            |table: &str| table.lines().filter(|line| !line.starts_with("device:")).map(|line| line.replace(text(&disk), "")).collect::<Vec<_>>();
+        assert_eq!(names(&judge("sfdisk", &["--dump", text(&disk)])), names(&table));
+        assert!(outside(&disk) == boot, "what is before the root is as it was");
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn templates_are_expanded_again_only_when_that_is_asked_for() {
+    let mut daemon = Daemon::start().await;
+    let digest = daemon.upload(&support::tarball()).await;
+    let image = daemon.image_of(&digest, r#"{"args": {"greeting": {"type": "string", "default": "guests"}}, "templates": ["/etc/motd"]}"#).await;
+    let greeting = |text: &str| {
+        let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(text.into())) };
+        Some(prost_types::Struct { fields: [("greeting".to_owned(), value)].into() })
+    };
+    let mut wanted = spec(&image, "web1", VolumeFormat::Raw);
+    wanted.instance.as_mut().expect("set").args = greeting("first");
+    daemon.render("key", wanted).await;
+    let path = daemon.dir.join("pool/web1.raw");
+    let motd = || cat(text(&path), "/etc/motd");
+    assert_eq!(motd(), "Welcome to first on web1.example.com\n");
+
+    let mut request = change("web1");
+    request.instance.as_mut().expect("set").args = greeting("second");
+    let kept = daemon.volumes.reconfigure_volume(request.clone()).await.expect("reconfigures").into_inner();
+    assert_eq!(motd(), "Welcome to first on web1.example.com\n");
+    assert!(kept.injected_json.contains("what the manifest's templates wrote is left as it is: /etc/motd"), "{}", kept.injected_json);
+
+    request.expand_templates = true;
+    daemon.volumes.reconfigure_volume(request.clone()).await.expect("reconfigures");
+    assert_eq!(motd(), "Welcome to second on moved.example.net\n");
+    judge("e2fsck", &["-fn", text(&path)]);
+    // Args that are not given have their defaults, as in a render.
+    request.instance.as_mut().expect("set").args = None;
+    daemon.volumes.reconfigure_volume(request.clone()).await.expect("reconfigures");
+    assert_eq!(motd(), "Welcome to guests on moved.example.net\n");
+
+    let goldens = daemon.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens;
+    let delete = proto::DeleteGoldenRequest { golden_key: goldens[0].key.clone() };
+    daemon.renders.delete_golden(delete).await.expect("nothing is backed by it");
+    let error = daemon.volumes.reconfigure_volume(request).await.expect_err("the templates are gone");
+    assert!(reason(&error).contains("GOLDEN_NOT_FOUND"), "{error:?}");
+    assert_eq!(motd(), "Welcome to guests on moved.example.net\n");
+    daemon.stop().await;
+}
