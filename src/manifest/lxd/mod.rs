@@ -12,7 +12,7 @@
 //!
 //! A render is what LXD calls the creation of an instance, and what comes before its first start: `create` is applied, then `start`. Templates for `copy` and
 //! `rename` only are left alone. What injection or the request writes itself (host name, hosts, cloud-init's seed when the request has one) is not overwritten
-//! by a template: the request knows the instance better than the image does; the report says so.
+//! by a template: the request knows the instance better than the image does; the report says so. Reconfiguring an instance leaves what they wrote as it is.
 
 pub mod import;
 pub mod pongo;
