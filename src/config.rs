@@ -7,6 +7,7 @@ mod gc;
 mod kernels;
 mod listen;
 pub mod streams;
+mod verify;
 
 use std::{
     collections::BTreeSet,
@@ -20,7 +21,7 @@ pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls, TlsVersion};
 
 use serde::Deserialize;
 
-pub use self::gc::Gc;
+pub use self::{gc::Gc, verify::Verify};
 use crate::{
     boot::platform::{Bus, Console, Firmware, Hypervisor, Mode, Platform},
     disk::Layout,
@@ -215,6 +216,10 @@ pub struct Golden {
     pub layout: Layout,
     /// Largest golden disk.
     pub max_size: Bytes,
+    /// When a golden image, and a tarball that one is built from, is compared with its digest.
+    pub verify: Verify,
+    /// Seconds between two scrubs, which compare everything in the store with its digest; 0 for none.
+    pub scrub_interval_secs: u64,
     /// Golden images that are prepared when the daemon starts.
     #[serde(rename = "prerender")]
     pub prerenders: Vec<Prerender>,
@@ -291,7 +296,15 @@ impl Default for Config {
 
 impl Default for Golden {
     fn default() -> Self {
-        Golden { size: Bytes(4 * GIB), filesystem: FsKind::Ext4, layout: Layout::Bare, max_size: Bytes(1024 * GIB), prerenders: Vec::new() }
+        Golden {
+            size: Bytes(4 * GIB),
+            filesystem: FsKind::Ext4,
+            layout: Layout::Bare,
+            max_size: Bytes(1024 * GIB),
+            verify: Verify::default(),
+            scrub_interval_secs: 7 * 86_400,
+            prerenders: Vec::new(),
+        }
     }
 }
 

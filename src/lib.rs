@@ -42,6 +42,7 @@ pub mod config;
 pub mod disk;
 pub mod error;
 pub mod ext4;
+pub mod failpoint;
 pub mod fs;
 pub mod guest;
 pub mod host;

@@ -125,7 +125,11 @@ fn a_staged_device_has_no_head_until_it_is_published_and_none_when_it_is_abandon
     let plan = VolumePlan::new(&device.pool, &name, &device.kit.golden, &patch, "r");
     let target = target_for(VolumeFormat::Block);
     let staged = target.stage(&plan, &Progress::default()).expect("stages");
-    assert!(reads_zero(device.node(), 0, MIB) && !reads_zero(device.node(), MIB, 16 * MIB));
+    // But for the mark of the render that writes it.
+    let mut mark = [0; 20];
+    File::open(device.node()).and_then(|node| node.read_exact_at(&mut mark, 0)).expect("read");
+    assert_eq!(&mark, b"cloudletd stage of r");
+    assert!(reads_zero(device.node(), 512, MIB) && !reads_zero(device.node(), MIB, 16 * MIB));
     drop(staged);
     assert!(reads_zero(device.node(), 0, MIB));
     let progress = Progress::default();

@@ -13,8 +13,10 @@ use common::{
 };
 use serde_json::{Value, json};
 
-const SCRIPTS: [&str; 12] = [
+const SCRIPTS: [&str; 14] = [
     "gc.sh",
+    "reap.sh",
+    "backup.sh",
     "create-image.sh",
     "list-images.sh",
     "prerender.sh",

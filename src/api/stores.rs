@@ -13,6 +13,8 @@ use crate::{
         Engine, blocking,
         collect::{Collected, Goal},
         now_secs,
+        reap::{Leftover, Reap},
+        verify::Damaged,
     },
     store::{
         catalog::leases::{Held, Lease},
@@ -60,6 +62,50 @@ impl StoreService for Stores {
         let engine = Arc::clone(&self.0);
         let done = blocking(Stage::Store, move || engine.collect(goal, request.min_age_seconds, request.dry_run)).await?;
         Ok(Response::new(encode_collected(done)))
+    }
+
+    async fn reap_leftovers(&self, request: Request<proto::ReapLeftoversRequest>) -> Result<Response<proto::ReapLeftoversResponse>, Status> {
+        let proto::ReapLeftoversRequest { dry_run, volumes } = request.into_inner();
+        let engine = Arc::clone(&self.0);
+        let found = blocking(Stage::Store, move || engine.reap(Reap { dry_run, volumes })).await?;
+        let encode = |left: Leftover| proto::Leftover {
+            kind: left.left.name().to_owned(),
+            path: left.path.display().to_string(),
+            size_bytes: left.bytes,
+            why: left.why,
+            removed: left.removed,
+            kept_because: left.kept_because,
+        };
+        Ok(Response::new(proto::ReapLeftoversResponse { leftovers: found.into_iter().map(encode).collect() }))
+    }
+
+    async fn scrub_store(&self, _request: Request<proto::ScrubStoreRequest>) -> Result<Response<proto::ScrubStoreResponse>, Status> {
+        let engine = Arc::clone(&self.0);
+        let done = blocking(Stage::Store, move || engine.scrub()).await?;
+        let encode = |damaged: Damaged| proto::DamagedObject {
+            kind: damaged.kind.name().to_owned(),
+            name: name_of(damaged.kind, &damaged.object),
+            why: damaged.why,
+            quarantined: damaged.quarantined,
+        };
+        Ok(Response::new(proto::ScrubStoreResponse {
+            checked: done.checked,
+            bytes: done.bytes,
+            damaged: done.damaged.into_iter().map(encode).collect(),
+        }))
+    }
+
+    async fn backup_catalog(&self, request: Request<proto::BackupCatalogRequest>) -> Result<Response<proto::BackupCatalogResponse>, Status> {
+        let keep = request.into_inner().keep as usize;
+        let engine = Arc::clone(&self.0);
+        let backup = blocking(Stage::Store, move || engine.store.back_up(keep)).await?;
+        tracing::info!(path = %backup.path.display(), bytes = backup.size, "catalogue backed up");
+        Ok(Response::new(proto::BackupCatalogResponse {
+            path: backup.path.display().to_string(),
+            size_bytes: backup.size,
+            digest: backup.digest.to_string(),
+            removed_paths: backup.removed.iter().map(|path| path.display().to_string()).collect(),
+        }))
     }
 }
 
@@ -124,13 +170,18 @@ fn encode_lease(lease: Lease) -> proto::Lease {
     }
 }
 
+/// How callers name it.
+fn name_of(kind: Kept, object: &Digest) -> String {
+    match kind {
+        Kept::Golden => object.hex(),
+        Kept::Blob => object.to_string(),
+    }
+}
+
 fn encode_collected(done: Collected) -> proto::CollectGarbageResponse {
     let object = |item: Item| proto::StoreObject {
         kind: item.kind.name().to_owned(),
-        name: match item.kind {
-            Kept::Golden => item.object.hex(),
-            Kept::Blob => item.object.to_string(),
-        },
+        name: name_of(item.kind, &item.object),
         size_bytes: item.bytes,
         last_used_at: Some(encode::timestamp(item.last_used)),
         removed: item.keep.is_none(),

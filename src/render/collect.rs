@@ -18,6 +18,7 @@ use std::{
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     host::in_use,
     names::Digest,
     render::{Engine, blocking, now_secs},
@@ -184,6 +185,7 @@ impl Engine {
         if let Begun::Refused(keep) = catalog.begin_removal(item.kind, item.object, now)? {
             return Ok(Some(keep));
         }
+        reach("collect-marked");
         // Before looking who wants it: whoever says so later does not find it any more.
         self.loaded
             .lock()
@@ -198,6 +200,7 @@ impl Engine {
             catalog.cancel_removal(item.kind, item.object)?;
             return Err(error);
         }
+        reach("collect-unlinked");
         catalog.end_removal(item.kind, item.object)?;
         tracing::info!(kind = item.kind.name(), object = %item.object, bytes = item.bytes, "collected");
         Ok(None)
@@ -226,7 +229,7 @@ impl Engine {
     }
 
     /// Takes the name from a golden or blob, durably, and frees its bytes. Gone already is success. On an error it still has its name.
-    fn unlink(&self, kind: Kept, object: &Digest) -> Result<()> {
+    pub(super) fn unlink(&self, kind: Kept, object: &Digest) -> Result<()> {
         let failed = |path: &std::path::Path, doing: &'static str, error| Error::io(Stage::Store, path.display().to_string(), doing, error);
         let is_gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
         match kind {
@@ -276,7 +279,7 @@ impl Engine {
     }
 
     /// Keys of goldens that files of directory pools lie over, whoever made them, each with such a file.
-    fn overlays(&self) -> Result<BTreeMap<String, String>> {
+    pub(super) fn overlays(&self) -> Result<BTreeMap<String, String>> {
         let mut found = BTreeMap::new();
         for pool in self.pools.values() {
             let Place::Directory { path } = &pool.place else { continue };

@@ -101,6 +101,7 @@ impl Engine {
         blocking(Stage::Fetch, move || {
             let _flight = flight;
             engine.store.publish_blob(&partial, fetched.digest, fetched.size, now_secs())?;
+            engine.mark_verified(fetched.digest);
             if image.rootfs_digest.is_none() || image.rootfs_size.is_none() {
                 engine.store.catalog.set_image_rootfs(&image.id, fetched.digest, fetched.size)?;
             }

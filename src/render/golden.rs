@@ -20,8 +20,10 @@ use crate::{
         loaders::{HostLoaders, LoaderDigests},
         prepare::{self, DiskBoot},
     },
+    config::Verify,
     disk::{DiskIds, DiskPlan, Layout, types},
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     fs::{BuildParams, BuiltFs, Filesystem, FsKind, Region, WriteObserver},
     guest::{facts::GuestFacts, watch::Watch},
     host::info::HostInfo,
@@ -149,7 +151,9 @@ impl Engine {
             let _flight = flight;
             let begun = std::time::Instant::now();
             engine.store.catalog.touch_blob(fetched.golden.rootfs, now_secs())?;
+            engine.verify_blob(fetched.golden.rootfs)?;
             let record = build(&engine.store, &fetched, &engine.pacer, &progress)?;
+            engine.mark_verified(record.key);
             tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
             let loaded = engine.load_golden(key)?.ok_or_else(|| Error::internal(Stage::Golden, key.hex(), "was built and is not there"))?;
             Ok((fetched.resolved, loaded))
@@ -171,6 +175,10 @@ impl Engine {
     }
 
     pub(super) fn loaded_golden(&self, key: &Digest) -> Option<Arc<LoadedGolden>> {
+        if self.config.golden.verify == Verify::Always {
+            // It is looked at again where it is loaded.
+            return None;
+        }
         let mut loaded = self.loaded.lock().expect("no panic while holding loaded goldens");
         let index = loaded.iter().position(|golden| golden.record.key == *key)?;
         // Most recently used last.
@@ -197,6 +205,9 @@ impl Engine {
         if size != record.spec.size_bytes {
             let why = format!("has {size} bytes, its record says {}", record.spec.size_bytes);
             return Err(Error::new(Kind::Corrupt, Stage::Golden, path.display().to_string(), why).with_reason("GOLDEN_CORRUPT"));
+        }
+        if !self.verify_golden(&record)? {
+            return Ok(None);
         }
         let facts = read_json(&dir.join("facts.json"))?;
         let boot = read_json(&dir.join("boot.json"))?;
@@ -238,6 +249,7 @@ fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progre
     let key = spec.key();
     let tmp = store.tmp().join(format!("golden-{}-{}", key.hex(), Uuid::new_v4().simple()));
     fs::create_dir(&tmp).map_err(|error| Error::io(Stage::Golden, tmp.display().to_string(), "make the build's directory", error))?;
+    reach("golden-begun");
     let declared = fetched.resolved.image.compression();
     let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, pacer, progress)).and_then(|built| {
         let BuiltDisk { filesystem: built, digest, allocated } = built;
@@ -253,6 +265,7 @@ fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progre
         };
         // The row first: see the head of `store`.
         store.catalog.put_golden(record.clone())?;
+        reach("golden-recorded");
         publish(store, &tmp, &key)?;
         Ok(record)
     });
@@ -470,6 +483,7 @@ fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
     }
     fs::set_permissions(tmp, fs::Permissions::from_mode(0o711)).map_err(failed("set the directory's mode"))?;
     fs::rename(tmp, &dir).map_err(failed("move the golden image to its place"))?;
+    reach("golden-named");
     sync_dir(&store.dir().join("goldens"))
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     names::Digest,
     progress::{Progress, Reading},
     render::{
@@ -27,7 +28,7 @@ use crate::{
     },
     spec::{JobSpec, first_difference},
     store::{
-        catalog::Admitted,
+        catalog::{Admitted, journal::Intent},
         records::{FailureRecord, RenderRecord, RenderState, VolumeKey},
     },
 };
@@ -95,17 +96,20 @@ impl Engine {
         })
         .await?;
         let engine = Arc::clone(self);
+        let intents = intents(&resolved);
+        self.record_ends().await?;
         let admitted = blocking(Stage::Store, move || {
             if let Some(claim) = &claim {
                 engine.store.catalog.note_render_owner(&record.key, &claim.owner)?;
             }
-            engine.store.catalog.admit_render(record)
+            engine.store.catalog.admit_render(record, intents)
         })
         .await?;
         let record = match admitted {
             Admitted::Started(record) => record,
             Admitted::Existing(existing) => return self.same_or_conflict(existing, &resolved.canonical),
         };
+        reach("render-admitted");
         let job = Arc::new(Job { progress: Progress::default(), record: watch::Sender::new(record.clone()) });
         self.jobs.lock().expect("no panic while holding the job table").insert(record.id.clone(), Arc::clone(&job));
         let snapshot = job.snapshot();
@@ -116,9 +120,22 @@ impl Engine {
         Ok(Started { snapshot, created: true })
     }
 
+    /// Records the ends that the catalogue did not take; nothing is admitted before it does.
+    async fn record_ends(self: &Arc<Self>) -> Result<()> {
+        let ends: Vec<RenderRecord> = self.unrecorded.lock().expect("no panic while holding the unrecorded ends").values().cloned().collect();
+        for end in ends {
+            let (engine, row) = (Arc::clone(self), end.clone());
+            // What it left, if it did, is for the next start to look after.
+            blocking(Stage::Store, move || engine.store.catalog.end_render(row, false)).await?;
+            self.unrecorded.lock().expect("no panic while holding the unrecorded ends").remove(&end.id);
+        }
+        Ok(())
+    }
+
     async fn existing(self: &Arc<Self>, record: &RenderRecord) -> Result<Option<Started>> {
         let (engine, key) = (Arc::clone(self), record.key.clone());
         let found = blocking(Stage::Store, move || engine.store.catalog.render_by_key(&key)).await?;
+        let found = found.map(|found| self.unrecorded_end(&found.id).unwrap_or(found));
         match found {
             Some(found) if !matches!(found.state, RenderState::Failed | RenderState::Cancelled) || found.spec != record.spec => {
                 self.same_or_conflict(found, &record.spec).map(Some)
@@ -141,11 +158,16 @@ impl Engine {
         }
     }
 
+    /// How a render ended whose end the catalogue did not take.
+    fn unrecorded_end(&self, id: &str) -> Option<RenderRecord> {
+        self.unrecorded.lock().expect("no panic while holding the unrecorded ends").get(id).cloned()
+    }
+
     /// The render as it is now, from memory while it runs.
     fn live(&self, record: RenderRecord) -> Snapshot {
         match self.jobs.lock().expect("no panic while holding the job table").get(&record.id) {
             Some(job) => job.snapshot(),
-            None => Snapshot { record, reading: None },
+            None => Snapshot { record: self.unrecorded_end(&record.id).unwrap_or(record), reading: None },
         }
     }
 
@@ -155,7 +177,7 @@ impl Engine {
             return Ok(job.snapshot());
         }
         let record = self.store.catalog.render(id)?.ok_or_else(|| no_render(id))?;
-        Ok(Snapshot { record, reading: None })
+        Ok(Snapshot { record: self.unrecorded_end(id).unwrap_or(record), reading: None })
     }
 
     /// Renders, newest first; of these pools and of none, when some are given.
@@ -237,8 +259,11 @@ impl Engine {
                 record.failure = Some(failure_of(&error));
                 record.finished_ms = Some(now_ms());
                 let (engine, row) = (Arc::clone(self), record.clone());
-                if let Err(error) = blocking(Stage::Store, move || engine.store.catalog.update_render(row)).await {
+                // What could not be undone is looked after at the next start.
+                let left_nothing = error.cleanup_failures().is_empty();
+                if let Err(error) = blocking(Stage::Store, move || engine.store.catalog.end_render(row, left_nothing)).await {
                     tracing::error!(render = %id, error = %error.chain(), "the end of a render could not be recorded");
+                    self.unrecorded.lock().expect("no panic while holding the unrecorded ends").insert(id.clone(), record.clone());
                 }
                 record
             }
@@ -335,6 +360,15 @@ impl Drop for Reservation {
             reserved.remove(name);
         }
     }
+}
+
+/// What a job will make, for the journal: all but the devices that are kept as they are.
+fn intents(resolved: &Resolved) -> Vec<Intent> {
+    let Some(render) = &resolved.render else { return Vec::new() };
+    let root = Intent { pool: render.pool.name.clone(), name: render.spec.volume.clone(), format: render.format };
+    let devices = render.devices.iter().filter(|device| device.kept().is_none());
+    let devices = devices.map(|device| Intent { pool: device.pool.name.clone(), name: device.volume.clone(), format: device.format });
+    std::iter::once(root).chain(devices).collect()
 }
 
 /// There is none of this id, as far as the caller may know.

@@ -15,6 +15,8 @@
 //! start     which kernel an instance starts with on a platform, or why it does not
 //! machine   the whole machine in the forms of hypervisors' tools
 //! recover   what a daemon does first
+//! verify    are goldens and tarballs what they were
+//! reap      what older versions and operators left
 //! ```
 //!
 //! Async code never blocks: resolve and fetch are async, the rest runs on blocking threads under permits. A dropped call stops nothing; a cancelled job
@@ -32,10 +34,12 @@ mod machine;
 pub mod plan;
 pub mod prerender;
 pub mod quota;
+pub mod reap;
 pub mod reconfigure;
 mod recover;
 pub mod resolve;
 mod start;
+pub mod verify;
 pub mod volume;
 
 use std::{
@@ -54,7 +58,10 @@ use crate::{
     names::{Digest, PoolName},
     render::{admission::Admission, flight::Flights, golden::LoadedGolden, jobs::Job},
     source::Fetcher,
-    store::{Store, records::VolumeKey},
+    store::{
+        Store,
+        records::{RenderRecord, VolumeKey},
+    },
     target::{
         Pool,
         pace::{self, Pacer},
@@ -90,6 +97,10 @@ pub struct Engine {
     pub upload_permits: Semaphore,
     render_permits: Arc<Semaphore>,
     jobs: Mutex<HashMap<String, Arc<Job>>>,
+    /// Goldens and tarballs whose bytes this process has seen to be right.
+    verified: Mutex<HashSet<Digest>>,
+    /// Ends of renders that the catalogue did not take, by id: their rows say that they run, and nobody works on them.
+    unrecorded: Mutex<HashMap<String, RenderRecord>>,
     /// Volumes that a job is making, so that two jobs never make the same one.
     reserved: Mutex<HashSet<VolumeKey>>,
     /// What is promised to renders that run.
@@ -127,6 +138,8 @@ impl Engine {
             build_permits: Semaphore::new(config.limits.concurrent_builds),
             render_permits: Arc::new(Semaphore::new(config.limits.concurrent_renders)),
             jobs: Mutex::new(HashMap::new()),
+            verified: Mutex::new(HashSet::new()),
+            unrecorded: Mutex::new(HashMap::new()),
             reserved: Mutex::new(HashSet::new()),
             admission: Admission::new(config.limits.memory_reserve.0),
             collecting: Mutex::new(()),

@@ -12,6 +12,7 @@ use crate::{
     disk::DiskPlan,
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
+    failpoint::reach,
     fs::{FsKind, Region, edit::Edit, patch::BlockPatch},
     guest::{
         config::{LinkKind, Secret},
@@ -29,8 +30,11 @@ use crate::{
         resolve::{Resolved, ResolvedRender},
     },
     spec::{JobSpec, RenderSpec},
-    store::records::{RenderRecord, VolumeKey, VolumeRecord},
-    target::{Place, Staged, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
+    store::{
+        catalog::journal::{Intent, RenderEntry, Sealed, SealedVolume},
+        records::{RenderRecord, VolumeKey, VolumeRecord},
+    },
+    target::{Place, Proof, Staged, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
     units::{PATCH_BLOCK, Timestamp},
 };
 
@@ -163,34 +167,52 @@ impl Engine {
         };
         let root = target_for(render.format).stage(&plan, progress)?;
         progress.check()?;
-        let mut published = self.publish(render, staged)?;
-        let root = root.publish().map_err(|error| self.unpublish(published.iter().map(|(volume, _)| volume), error))?;
-        let mut volumes = vec![self.root_record(render_id, resolved, render, golden, &prepared, &root)];
-        let (mut fresh, mut devices) = (published.drain(..), Vec::new());
-        let mut published = if render.replaces.is_some() { Vec::new() } else { vec![root] };
-        for (index, device) in render.devices.iter().enumerate() {
-            let described = match device.kept().and_then(|kept| kept.mapping.devices.first()) {
-                Some(kept) => kept.clone(),
-                None => {
-                    let (volume, filesystem) =
-                        fresh.next().ok_or_else(|| Error::internal(Stage::Target, device.field.clone(), "was not published"))?;
-                    if device.replaced().is_none() {
-                        published.push(volume.clone());
-                    }
-                    plain_device(device, volume, filesystem)
-                }
-            };
-            devices.push(Device { boot_order: index as u32 + 1, ..described });
-        }
-        for (device, described) in render.devices.iter().zip(&devices) {
-            volumes.push(device_record(device, described, &volumes[0]));
-        }
-        volumes[0].mapping.devices.extend(devices);
+        let root_record = |volume: &Volume| self.root_record(render_id, resolved, render, golden, &prepared, volume);
+        self.seal(render_id, render, golden, &staged, &*root, &root_record)?;
+        let fresh = self.publish(render, staged)?;
+        let ours = || fresh.iter().map(|(volume, _)| volume).filter(|volume| !replaces(render, volume));
+        let root = root.publish().map_err(|error| self.unpublish(ours(), error))?;
+        reach("render-published");
+        let published = ours().chain(Some(&root).filter(|_| render.replaces.is_none())).cloned().collect();
+        let volumes = records(render, root_record(&root), fresh)?;
         let replaced = volumes.iter().filter(|record| is_row(render, record)).map(VolumeRecord::key).collect();
-        let now: BTreeSet<VolumeKey> = volumes.iter().map(VolumeRecord::key).collect();
-        let leftover =
-            render.attached.iter().filter(|record| record.role != Role::Data && !now.contains(&record.key())).map(VolumeRecord::key).collect();
+        let leftover = leftover(render, &volumes);
         Ok(Made { volumes, replaced, published, leftover })
+    }
+
+    /// Puts the rows that are going to be written into the journal before anything is published, when a crash in between could not be undone without them:
+    /// something is replaced, or what is published does not say by itself whose it is.
+    fn seal(
+        &self,
+        render_id: &str,
+        render: &ResolvedRender,
+        golden: &LoadedGolden,
+        staged: &[(Box<dyn Staged>, Option<Filesystem>)],
+        root: &dyn Staged,
+        root_record: &dyn Fn(&Volume) -> VolumeRecord,
+    ) -> Result<()> {
+        let mut proofs = vec![(root.foreseen(), root.proof()?)];
+        for (device, _) in staged {
+            proofs.push((device.foreseen(), device.proof()?));
+        }
+        if proofs.iter().all(|(volume, proof)| *proof == Proof::Mark && !replaces(render, volume)) {
+            return Ok(());
+        }
+        let fresh = staged.iter().map(|(device, filesystem)| (device.foreseen().clone(), filesystem.clone())).collect();
+        let records = records(render, root_record(root.foreseen()), fresh)?;
+        let (leftover, seed) = (leftover(render, &records), records[0].seed.clone());
+        let seal = |record: VolumeRecord| {
+            let proof = proofs.iter().find(|(volume, _)| (&volume.pool, &volume.name) == (&record.volume.pool, &record.volume.name));
+            let replaces = is_row(render, &record);
+            SealedVolume::of(record, proof.map(|(_, proof)| proof.clone()), replaces)
+        };
+        let volumes = records.into_iter().map(seal).collect();
+        let intents =
+            proofs.iter().map(|(volume, _)| Intent { pool: volume.pool.clone(), name: volume.name.clone(), format: volume.format }).collect();
+        let sealed = Sealed { volumes, leftover, golden_key: Some(golden.record.key) };
+        self.store.catalog.seal_render(render_id, RenderEntry { intents, sealed: Some(sealed) }, seed)?;
+        reach("render-sealed");
+        Ok(())
     }
 
     fn stage_device(
@@ -219,9 +241,7 @@ impl Engine {
             match staged.publish() {
                 Ok(volume) => published.push((volume, filesystem)),
                 Err(error) => {
-                    let replaced: Vec<VolumeKey> = render.devices.iter().filter_map(|device| device.replaced()).map(VolumeRecord::key).collect();
-                    let ours = published.iter().map(|(volume, _)| volume);
-                    return Err(self.unpublish(ours.filter(|volume| !replaced.contains(&(volume.pool.clone(), volume.name.clone()))), error));
+                    return Err(self.unpublish(published.iter().map(|(volume, _)| volume).filter(|volume| !replaces(render, volume)), error));
                 }
             }
         }
@@ -326,19 +346,30 @@ impl Engine {
                 .with_reason("VOLUME_ATTACHED")
                 .with_hint("delete the root; delete_data takes its data volumes along"));
         }
-        for attached in catalog.volumes_of_root(pool.as_str(), name.as_str())? {
-            if with_data || attached.role != Role::Data {
-                self.remove(&attached)?;
+        let mut going = catalog.volumes_of_root(pool.as_str(), name.as_str())?;
+        going.retain(|attached| with_data || attached.role != Role::Data);
+        going.push(record);
+        // All at once: a removal that is interrupted is finished, not stopped in the middle.
+        catalog.begin_volume_removal(going.iter().map(VolumeRecord::key).collect())?;
+        reach("delete-marked");
+        for (index, record) in going.iter().enumerate() {
+            if let Err(error) = self.remove(record) {
+                let cancelled = catalog.cancel_volume_removal(going[index..].iter().map(VolumeRecord::key).collect());
+                return Err(match cancelled {
+                    Ok(()) => error,
+                    Err(failure) => error.with_cleanup_failure(failure),
+                });
             }
         }
-        self.remove(&record)?;
         Ok(true)
     }
 
-    fn remove(&self, record: &VolumeRecord) -> Result<()> {
+    pub(super) fn remove(&self, record: &VolumeRecord) -> Result<()> {
         let (pool, name) = record.key();
         target_for(record.volume.format).delete(self.pool(&pool)?, &record.volume)?;
+        reach("delete-unlinked");
         self.store.catalog.delete_volume(pool.as_str(), name.as_str())?;
+        reach("delete-recorded");
         tracing::info!(%pool, volume = %name, role = record.role.name(), "volume deleted");
         Ok(())
     }
@@ -348,7 +379,9 @@ impl Made {
     /// Records volumes and end of the render in one transaction. When that fails the volumes are removed again: nobody would know of them.
     pub fn record(self, engine: &Engine, render: RenderRecord) -> Result<()> {
         let Made { volumes, replaced, published, leftover } = self;
-        engine.store.catalog.finish_render(volumes, replaced, render).map_err(|error| engine.unpublish(published.iter(), error))?;
+        let recorded = engine.store.catalog.finish_render(volumes, replaced, leftover.clone(), render);
+        recorded.map_err(|error| engine.unpublish(published.iter(), error))?;
+        reach("render-recorded");
         for (pool, name) in leftover {
             // The instance is complete; what it no longer has can also be deleted by hand.
             if let Err(error) = engine.delete_volume(&pool, &name, false) {
@@ -389,6 +422,38 @@ fn nics(render: &ResolvedRender, identity: &Identity) -> Vec<Nic> {
     interfaces
         .map(|interface| Nic { name: interface.name.to_string(), mac: interface.mac.unwrap_or_else(|| derived(interface.name.as_str())) })
         .collect()
+}
+
+/// The rows of an instance's volumes, the root's first; `fresh` are the devices that are made, in their order.
+fn records(render: &ResolvedRender, root: VolumeRecord, fresh: Vec<(Volume, Option<Filesystem>)>) -> Result<Vec<VolumeRecord>> {
+    let (mut fresh, mut devices, mut records) = (fresh.into_iter(), Vec::new(), vec![root]);
+    for (index, device) in render.devices.iter().enumerate() {
+        let described = match device.kept().and_then(|kept| kept.mapping.devices.first()) {
+            Some(kept) => kept.clone(),
+            None => {
+                let (volume, filesystem) = fresh.next().ok_or_else(|| Error::internal(Stage::Target, device.field.clone(), "was not published"))?;
+                plain_device(device, volume, filesystem)
+            }
+        };
+        devices.push(Device { boot_order: index as u32 + 1, ..described });
+    }
+    for (device, described) in render.devices.iter().zip(&devices) {
+        records.push(device_record(device, described, &records[0]));
+    }
+    records[0].mapping.devices.extend(devices);
+    Ok(records)
+}
+
+/// What a replaced root had, but for data, and the new one has not.
+fn leftover(render: &ResolvedRender, records: &[VolumeRecord]) -> Vec<VolumeKey> {
+    let now: BTreeSet<VolumeKey> = records.iter().map(VolumeRecord::key).collect();
+    render.attached.iter().filter(|record| record.role != Role::Data && !now.contains(&record.key())).map(VolumeRecord::key).collect()
+}
+
+/// Whether this volume takes the place of another.
+fn replaces(render: &ResolvedRender, volume: &Volume) -> bool {
+    let is = |record: &VolumeRecord| (&record.volume.pool, &record.volume.name) == (&volume.pool, &volume.name);
+    render.replaces.iter().any(|record| is(record)) || render.devices.iter().filter_map(|device| device.replaced()).any(is)
 }
 
 /// Whether the catalogue has a row for this volume already.

@@ -115,12 +115,14 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let preparing = tokio::spawn(crate::render::prerender::prepare_all(Arc::clone(&engine)));
     let collecting = tokio::spawn(crate::render::collect::collect_regularly(Arc::clone(&engine)));
     let syncing = tokio::spawn(crate::streams::sync::run(Arc::clone(&engine)));
+    let scrubbing = tokio::spawn(crate::render::verify::scrub_regularly(Arc::clone(&engine)));
 
     stopped.await;
     preparing.abort();
     collecting.abort();
     syncing.abort();
     reloading.abort();
+    scrubbing.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("draining");
     stop.send_replace(true);

@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     names::Digest,
     store::{Store, sync_dir},
     units::Bytes,
@@ -42,7 +43,9 @@ impl Store {
         let _gate = self.blob_gate();
         // The row first: what a crash leaves in between is a row that counts for nothing, not a file that nobody knows of.
         self.catalog.put_blob(digest, size, now)?;
+        reach("blob-recorded");
         fs::rename(from, &to).map_err(failed("move the blob to its place"))?;
+        reach("blob-named");
         sync_dir(&self.dir.join("blobs"))
     }
 

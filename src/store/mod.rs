@@ -8,6 +8,8 @@
 //!   goldens/KEY/disk.raw    golden disks, sparse, mode 0444
 //!   goldens/KEY/facts.json  what the tree contains (guest::facts)
 //!   goldens/KEY/boot.json   how the disk can be started (boot::prepare)
+//!   backups/                copies of the catalogue (store::catalog::backup)
+//!   quarantine/             what was found damaged (render::verify)
 //!   tmp/                    everything unfinished; emptied at start
 //!   volumes/                the default pool, when none is configured
 //! ```

@@ -3,10 +3,13 @@
 //! There is no rename on a device, so order stands in for it:
 //!
 //! ```text
-//!  stage    claim exclusively, refuse what lives there ─► zero the first MiB, flush ─► zero every gap ─► write data and patch ─► flush
-//!  publish  same device still? ─► write the first MiB ─► flush ─► same size still?
-//!  drop     zero the first MiB, flush
+//!  stage    claim exclusively, refuse what lives there ─► zero the first MiB, mark it, flush ─► zero every gap ─► write data and patch ─► flush
+//!  publish  same device still? ─► write the first MiB but for 4 KiB ─► flush ─► write those ─► flush ─► same size still?
+//!  drop     zero the first and last MiB, flush
 //! ```
+//!
+//! The mark, in the first sector, names the render: after a crash it proves whose half-written device it is. It goes with the write that makes the device a
+//! volume, one block that devices write whole.
 //!
 //! So a device that is half written has no boot sector, partition table or superblock. Nothing is assumed about old content. Each byte of the device is
 //! either written from golden and patch, or zeroed, to the device's very end: the previous tenant's data and backup partition table can't be read by the
@@ -20,11 +23,12 @@ use std::{
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     host::block::{self, Access, Claim},
-    names::VolumeName,
+    names::{Digest, VolumeName},
     progress::Progress,
     target::{
-        Place, Pool, Staged, Target, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted, ZeroPolicy,
+        Place, Pool, Proof, Staged, Target, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted, ZeroPolicy,
         bulk::{self, AlignedBuffer, PIECE_BYTES_MAX, Source},
         extents,
         pace::Pace,
@@ -35,6 +39,12 @@ use crate::{
 
 /// What is written last and wiped first.
 const HEAD_BYTES: u64 = MIB;
+/// What of it is written last of all: it holds the mark before.
+const FIRST_BYTES: usize = 4096;
+/// How the mark begins; the render's id and zeros follow, to the end of the sector.
+const MARK: &[u8] = b"cloudletd stage of ";
+/// Bytes of the mark: a sector.
+const MARK_BYTES: usize = 512;
 /// Bytes per zeroing call: a cancel is noticed between two.
 const ZERO_BYTES_MAX: u64 = 256 * MIB;
 
@@ -73,7 +83,8 @@ impl Target for Block {
         staged.volume.virtual_size_bytes = staged.claim.size_bytes();
         staged.volume.allocated_size_bytes = staged.claim.size_bytes();
         staged.volume.pinned = Some(staged.claim.id());
-        staged.wipe_head()?;
+        staged.mark_head(plan.render)?;
+        reach("head-marked");
 
         let data = extents::data_ranges(&golden, plan.golden.size_bytes, &plan.golden.path)?;
         let written = extents::union(&data, &extents::patch_ranges(plan.patch));
@@ -123,15 +134,27 @@ impl Target for Block {
         if let Some(pinned) = &volume.pinned {
             claim.id().require_same(pinned, claim.path())?;
         }
-        let size = claim.size_bytes();
-        let failed = |error| Error::io(Stage::Target, claim.path().display().to_string(), "clear the first and last MiB", error);
-        let head = HEAD_BYTES.min(size);
-        let tail = size.saturating_sub(HEAD_BYTES).max(head);
-        block::zero_range(claim.file(), 0, head).map_err(failed)?;
-        if tail < size {
-            block::zero_range(claim.file(), tail, size - tail).map_err(failed)?;
+        clear_ends(&claim)
+    }
+
+    fn is_published(&self, pool: &Pool, name: &VolumeName, _render: &str, proof: &Proof) -> Result<bool> {
+        let Proof::Head { digest, bytes } = proof else { return Ok(false) };
+        let Some(head) = peek(pool, name, *bytes)? else { return Ok(false) };
+        Ok(Digest::of(&head) == *digest)
+    }
+
+    fn abandon(&self, pool: &Pool, name: &VolumeName, render: &str) -> Result<bool> {
+        let is_ours = |head: Option<Vec<u8>>| Ok::<_, Error>(head.is_some_and(|head| head == mark_of(render)));
+        if !is_ours(peek(pool, name, MARK_BYTES as u64)?)? {
+            return Ok(false);
         }
-        claim.file().sync_all().map_err(failed)
+        let claim = claim(pool, name, Access::Write)?;
+        // Nobody can change it any more: is it still so?
+        if !is_ours(peek(pool, name, MARK_BYTES as u64)?)? {
+            return Ok(false);
+        }
+        clear_ends(&claim)?;
+        Ok(true)
     }
 
     fn sweep(&self, _pool: &Pool, _dry_run: bool) -> Result<Vec<PathBuf>> {
@@ -155,10 +178,11 @@ struct StagedDevice {
 }
 
 impl StagedDevice {
-    fn wipe_head(&self) -> Result<()> {
+    fn mark_head(&self, render: &str) -> Result<()> {
         let len = HEAD_BYTES.min(self.claim.size_bytes());
         block::zero_range(self.claim.file(), 0, len).map_err(|error| self.error("clear the first MiB", error))?;
-        self.flush("flush the cleared first MiB")
+        self.claim.file().write_all_at(&mark_of(render), 0).map_err(|error| self.error("mark the first sector", error))?;
+        self.flush("flush the marked first MiB")
     }
 
     fn zero(&self, gaps: &[std::ops::Range<u64>], pace: Pace<'_>) -> Result<()> {
@@ -209,8 +233,14 @@ impl StagedDevice {
 
     fn write_head(&mut self) -> Result<()> {
         self.claim.verify()?;
-        self.claim.file().write_all_at(&self.head, 0).map_err(|error| self.error("write the first MiB", error))?;
+        reach("head-next");
+        let (first, rest) = self.head.split_at(FIRST_BYTES.min(self.head.len()));
+        self.claim.file().write_all_at(rest, first.len() as u64).map_err(|error| self.error("write the first MiB", error))?;
         self.flush("flush the first MiB")?;
+        reach("head-half");
+        self.claim.file().write_all_at(first, 0).map_err(|error| self.error("write the first 4 KiB", error))?;
+        self.flush("flush the first 4 KiB")?;
+        reach("head-written");
         if self.volume.options.verify {
             let mut memory = AlignedBuffer::new();
             let stored = memory.slice(self.head.len());
@@ -232,6 +262,14 @@ impl Staged for StagedDevice {
         self.claim.path()
     }
 
+    fn foreseen(&self) -> &Volume {
+        &self.volume
+    }
+
+    fn proof(&self) -> Result<Proof> {
+        Ok(Proof::Head { digest: Digest::of(&self.head), bytes: self.head.len() as u64 })
+    }
+
     fn publish(mut self: Box<Self>) -> Result<Volume> {
         self.write_head()?;
         self.published = true;
@@ -242,9 +280,9 @@ impl Staged for StagedDevice {
 impl Drop for StagedDevice {
     fn drop(&mut self) {
         if !self.published
-            && let Err(error) = self.wipe_head()
+            && let Err(error) = clear_ends(&self.claim)
         {
-            tracing::warn!(device = %self.claim.path().display(), error = %error.chain(), "an abandoned device may keep a part of its first MiB");
+            tracing::warn!(device = %self.claim.path().display(), error = %error.chain(), "an abandoned device may keep a part of its first or last MiB");
         }
     }
 }
@@ -265,6 +303,42 @@ fn volume(plan: &VolumePlan<'_>) -> Volume {
         pinned: None,
         options: plan.options.clone(),
     }
+}
+
+/// What the first sector holds while `render` writes the device.
+fn mark_of(render: &str) -> Vec<u8> {
+    let mut mark = [MARK, render.as_bytes()].concat();
+    mark.resize(MARK_BYTES, 0);
+    mark
+}
+
+/// Clears the first MiB, where boot sectors and superblocks are, and the last, where copies of partition tables are.
+fn clear_ends(claim: &Claim) -> Result<()> {
+    let size = claim.size_bytes();
+    let failed = |error| Error::io(Stage::Target, claim.path().display().to_string(), "clear the first and last MiB", error);
+    let head = HEAD_BYTES.min(size);
+    let tail = size.saturating_sub(HEAD_BYTES).max(head);
+    block::zero_range(claim.file(), 0, head).map_err(failed)?;
+    if tail < size {
+        block::zero_range(claim.file(), tail, size - tail).map_err(failed)?;
+    }
+    claim.file().sync_all().map_err(failed)
+}
+
+/// The first `bytes` of a device of the pool, read without claiming it; none when there is no such device, or it is smaller.
+fn peek(pool: &Pool, name: &VolumeName, bytes: u64) -> Result<Option<Vec<u8>>> {
+    let (directory, allow) = devices_of(pool)?;
+    let path = block::device_path(directory, allow, name.as_str())?;
+    match block::identify(&path) {
+        Err(error) if error.kind() == Kind::NotFound => return Ok(None),
+        Ok(identity) if identity.size_bytes < bytes || bytes > HEAD_BYTES => return Ok(None),
+        other => other?,
+    };
+    let failed = |error| Error::io(Stage::Target, path.display().to_string(), "read its head", error);
+    let file = File::open(&path).map_err(failed)?;
+    let mut head = vec![0; bytes as usize];
+    file.read_exact_at(&mut head, 0).map_err(failed)?;
+    Ok(Some(head))
 }
 
 fn claim(pool: &Pool, name: &VolumeName, access: Access) -> Result<Claim> {

@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     host::{
         in_use,
         loops::{self, Lifetime, LoopDevice, Options},
@@ -17,7 +18,7 @@ use crate::{
     },
     progress::Progress,
     target::{
-        DirectIo, Pool, Staged, Target, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted,
+        DirectIo, Pool, Proof, Staged, Target, Volume, VolumeFormat, VolumeOptions, VolumePlan, Wanted,
         publish::{self, StagedFile},
         raw,
     },
@@ -92,10 +93,19 @@ impl Staged for StagedLoop {
         self.file.path()
     }
 
+    fn foreseen(&self) -> &Volume {
+        self.file.foreseen()
+    }
+
+    fn proof(&self) -> Result<Proof> {
+        self.file.proof()
+    }
+
     fn publish(self: Box<Self>) -> Result<Volume> {
         let StagedLoop { file, options, replaced } = *self;
         // Before it has its name: a binding follows the file, and what can fail has failed before an old volume gives way.
         let device = attach_as(file.path(), &attach_options(&options), &options)?;
+        reach("loop-attached");
         if let Some(old) = &replaced {
             publish::refuse_replaced_in_use(&old.path, VolumeFormat::Loop)?;
             // Devices of the old file would go on showing it after its name is gone.

@@ -10,7 +10,7 @@
 //! |---------------------|---------|-----------------------------------------------------------------------------------------------------------------|
 //! | raw, qcow2, overlay | 2       | the file, so that a name never leads to less than a volume; then, renamed, its directory: the name               |
 //! | loop                | 2       | as raw; attaching needs none                                                                                     |
-//! | block               | 3       | the cleared head, before anything else is overwritten; the data, before the head that leads to it; the head      |
+//! | block               | 4       | the marked head, before anything else is overwritten; the data, before the head; the head, before its first 4 KiB; those |
 //! | any, `verify`       | +1      | the data, before it is read back (block: it is flushed by then)                                                  |
 //!
 //! With a reflink the file's flush is a commit of the filesystem's journal and little else, and so is the directory's: that is one commit more than
@@ -23,7 +23,7 @@ pub mod extents;
 pub mod looped;
 pub mod options;
 pub mod pace;
-mod publish;
+pub(crate) mod publish;
 pub mod qcow2;
 pub mod raw;
 mod verify;
@@ -223,12 +223,33 @@ pub struct DeviceId {
     pub boot: Option<u64>,
 }
 
+/// How to tell later, after a crash, that what is there under a volume's name is what a certain render published.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Proof {
+    /// The file carries the render's id and its own inode number in an extended attribute (`trusted.cloudletd.render`).
+    Mark,
+    /// The file has this inode number; for filesystems without such attributes.
+    Inode(u64),
+    /// The device begins with these bytes.
+    Head {
+        /// SHA-256 of them.
+        digest: Digest,
+        /// How many.
+        bytes: u64,
+    },
+}
+
 /// A volume that is written but not yet there. Dropping it abandons it.
 pub trait Staged: Send {
     /// Bytes allocated so far.
     fn allocated_size_bytes(&self) -> Result<u64>;
     /// Where the staged bytes are, for checks by judges.
     fn path(&self) -> &Path;
+    /// The volume as far as it is known before it is published.
+    fn foreseen(&self) -> &Volume;
+    /// How to tell after a crash whether it was published.
+    fn proof(&self) -> Result<Proof>;
     /// Flushes data and metadata, gives it its name (never replacing anything that exists), flushes the directory.
     fn publish(self: Box<Self>) -> Result<Volume>;
 }
@@ -253,6 +274,17 @@ pub trait Target: Send + Sync {
     /// Removes the volume: detaches its loop device, unlinks its file; on a block device clears the first and last MiB. Refuses (`Conflict`) while it is in use.
     /// Done already is success.
     fn delete(&self, pool: &Pool, volume: &Volume) -> Result<()>;
+
+    /// Whether what is there under this name is what `render` published, as `proof` tells.
+    fn is_published(&self, pool: &Pool, name: &VolumeName, render: &str, proof: &Proof) -> Result<bool> {
+        publish::is_published(pool, self.format(), name, render, proof)
+    }
+
+    /// Ends the stage that `render` left under this name when its daemon died, if there is one that `sweep` does not find: nothing of it can be taken for a
+    /// volume afterwards. Gives whether there was.
+    fn abandon(&self, _pool: &Pool, _name: &VolumeName, _render: &str) -> Result<bool> {
+        Ok(false)
+    }
 
     /// Removes what stages of earlier daemons left in `pool` (temporary names only); returns what was removed, or would be with `dry_run`.
     fn sweep(&self, pool: &Pool, dry_run: bool) -> Result<Vec<PathBuf>>;

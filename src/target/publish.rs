@@ -1,13 +1,14 @@
 //! Volumes that are files: staged under a temporary name in the pool's directory, published by a rename that replaces nothing.
 //!
 //! ```text
-//!  create  .cloudletd-stage-RENDER-VOLUME   O_EXCL, mode 0600, exclusive flock as long as the stage lives
+//!  create  .cloudletd-stage-RENDER-VOLUME   O_EXCL, mode 0600, exclusive flock as long as the stage lives, marked as RENDER's
 //!  publish fsync file ─► renameat2(RENAME_NOREPLACE) (or link + unlink) ─► fsync directory
 //!  replace fsync file ─► old one not in use? lock it ─► rename over it ─► fsync directory
 //!  drop    unlink
 //! ```
 //!
-//! The flock tells a live stage from what a dead daemon left: `sweep` removes only what nobody holds.
+//! The mark is an extended attribute with the render's id and the file's inode number: after a crash it proves that a file which the catalogue does not know
+//! was published by that render, and a copy of the file has another inode. The flock tells a live stage from what a dead daemon left: `sweep` removes only what nobody holds.
 
 use std::{
     fs::{File, OpenOptions},
@@ -20,20 +21,23 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags},
+    fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags, XattrFlags},
     io::Errno,
 };
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    failpoint::reach,
     host::{in_use, loops, mounts},
     names::VolumeName,
-    target::{Place, Pool, Staged, Volume, VolumeFormat, VolumePlan, Wanted},
+    target::{Place, Pool, Proof, Staged, Volume, VolumeFormat, VolumePlan, Wanted},
     units::{MIB, PATCH_BLOCK},
 };
 
 /// How temporary names start.
 const STAGE_PREFIX: &str = ".cloudletd-stage-";
+/// Extended attribute that a file's render is written to. Only privileged processes see or set it (xattr(7)).
+const MARK: &str = "trusted.cloudletd.render";
 /// Kept free in a pool: one part in this many of the filesystem …
 const RESERVE_PART: u64 = 100;
 /// … but not more than this. A full filesystem under running guests pauses or corrupts them.
@@ -50,6 +54,8 @@ pub(super) struct StagedFile {
     armed: bool,
     /// Whether it takes the place of a published file.
     replaces: bool,
+    /// Whether it carries its render's mark.
+    marked: bool,
     volume: Volume,
 }
 
@@ -64,6 +70,8 @@ impl StagedFile {
         let temporary = format!("{STAGE_PREFIX}{}-{}", plan.render, plan.name.as_str());
         let path = directory_path.join(&temporary);
         let file = create_temporary(&directory, &temporary, &path)?;
+        let marked = mark(&file, plan.render);
+        reach("file-created");
         let final_path = directory_path.join(file_name(plan.name, format));
         let volume = Volume {
             pool: plan.pool.name.clone(),
@@ -77,7 +85,7 @@ impl StagedFile {
             pinned: None,
             options: plan.options.clone(),
         };
-        Ok(StagedFile { directory, directory_path, temporary, path, file, armed: true, replaces: plan.replace.is_some(), volume })
+        Ok(StagedFile { directory, directory_path, temporary, path, file, armed: true, replaces: plan.replace.is_some(), marked, volume })
     }
 
     /// The file, open for reading and writing.
@@ -120,7 +128,9 @@ impl StagedFile {
 
     /// See the head of this file. What `Drop` would have removed is the published volume afterwards.
     pub fn publish(mut self) -> Result<Volume> {
+        reach("file-written");
         self.file.sync_all().map_err(|error| self.error("flush", error))?;
+        reach("file-flushed");
         self.volume.allocated_size_bytes = self.allocated_size_bytes()?;
         let name = file_name(&self.volume.name, self.volume.format);
         let renamed = if self.replaces {
@@ -132,9 +142,11 @@ impl StagedFile {
         };
         match renamed {
             Ok(()) => self.armed = false,
+            // Another file than this one has the name.
             Err(Errno::EXIST) => return Err(taken(&self.volume.path)),
             Err(errno) => return Err(self.error(format!("publish as {name}"), errno.into())),
         }
+        reach("file-named");
         if let Err(error) = self.directory.sync_all() {
             let error = Error::io(Stage::Target, self.directory_path.display().to_string(), "flush the pool's directory", error);
             if self.replaces {
@@ -148,7 +160,21 @@ impl StagedFile {
                 Err(errno) => error.with_cleanup_failure(Error::io(Stage::Target, name, "remove", errno.into())),
             });
         }
+        reach("file-durable");
         Ok(self.volume.clone())
+    }
+
+    /// The volume as far as it is known.
+    pub fn foreseen(&self) -> &Volume {
+        &self.volume
+    }
+
+    /// See [`Staged::proof`].
+    pub fn proof(&self) -> Result<Proof> {
+        if self.marked {
+            return Ok(Proof::Mark);
+        }
+        Ok(Proof::Inode(self.file.metadata().map_err(|error| self.error("stat", error))?.ino()))
     }
 }
 
@@ -171,8 +197,66 @@ impl Staged for StagedFile {
         StagedFile::path(self)
     }
 
+    fn foreseen(&self) -> &Volume {
+        StagedFile::foreseen(self)
+    }
+
+    fn proof(&self) -> Result<Proof> {
+        StagedFile::proof(self)
+    }
+
     fn publish(self: Box<Self>) -> Result<Volume> {
         StagedFile::publish(*self)
+    }
+}
+
+/// What a file of `render` carries.
+fn mark_of(render: &str, inode: u64) -> String {
+    format!("{render} {inode}")
+}
+
+/// Marks a file as `render`'s; `false` where that is not possible (NFS, FAT, no CAP_SYS_ADMIN).
+fn mark(file: &File, render: &str) -> bool {
+    let Ok(meta) = file.metadata() else { return false };
+    rustix::fs::fsetxattr(file, MARK, mark_of(render, meta.ino()).as_bytes(), XattrFlags::empty()).is_ok()
+}
+
+/// Whether this is the name of a temporary file of a pool.
+pub(crate) fn is_stage_name(name: &std::ffi::OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(STAGE_PREFIX.as_bytes())
+}
+
+/// The render whose mark the file at `path` carries; none when it has none, or is a copy of the one that has.
+pub(crate) fn marked_by(path: &Path) -> Result<Option<String>> {
+    let failed = |doing: &str, error: io::Error| Error::io(Stage::Target, path.display().to_string(), doing, error);
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|error| failed("see who made it", error))?,
+    };
+    let inode = file.metadata().map_err(|error| failed("stat", error))?.ino();
+    let mut value = [0; 256];
+    let len = match rustix::fs::fgetxattr(&file, MARK, &mut value) {
+        Ok(len) => len,
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => return Ok(None),
+        Err(errno) => return Err(failed("read its mark", errno.into())),
+    };
+    let render = std::str::from_utf8(&value[..len]).ok().and_then(|text| text.split_once(' ')).map(|(render, _)| render);
+    Ok(render.filter(|render| value[..len] == *mark_of(render, inode).as_bytes()).map(str::to_owned))
+}
+
+/// See [`Target::is_published`](super::Target::is_published).
+pub(super) fn is_published(pool: &Pool, format: VolumeFormat, name: &VolumeName, render: &str, proof: &Proof) -> Result<bool> {
+    let path = directory_of(pool, format)?.join(file_name(name, format));
+    let object = || path.display().to_string();
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        opened => opened.map_err(|error| Error::io(Stage::Target, object(), "see who made it", error))?,
+    };
+    let inode = file.metadata().map_err(|error| Error::io(Stage::Target, object(), "stat", error))?.ino();
+    match proof {
+        Proof::Inode(wanted) => Ok(*wanted == inode),
+        Proof::Head { .. } => Ok(false),
+        Proof::Mark => Ok(marked_by(&path)?.as_deref() == Some(render)),
     }
 }
 

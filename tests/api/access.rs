@@ -189,6 +189,9 @@ fn cases(render: &str) -> Vec<Case> {
             Ok,
             PermissionDenied,
         ),
+        case("/cloudlet.v1.StoreService/ReapLeftovers", ReapLeftoversRequest::default(), Role::Admin, Ok, PermissionDenied),
+        case("/cloudlet.v1.StoreService/ScrubStore", ScrubStoreRequest::default(), Role::Admin, Ok, PermissionDenied),
+        case("/cloudlet.v1.StoreService/BackupCatalog", BackupCatalogRequest::default(), Role::Admin, Ok, PermissionDenied),
         case(
             "/cloudlet.v1.VolumeService/ListVolumes",
             ListVolumesRequest { pool: "default".into(), ..Default::default() },

@@ -153,3 +153,135 @@ async fn collecting_while_rendering_never_takes_a_golden_from_under_a_volume() {
     assert!(removed > 0, "the collector never found the golden unused");
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_left_is_named_and_only_what_is_proven_ours_goes() {
+    let mut daemon = Daemon::start().await;
+    let image = daemon.image().await;
+    let key = daemon.render("key", spec(&image, "web1", VolumeFormat::Raw)).await.golden_key;
+    daemon.render("kept", spec(&image, "web2", VolumeFormat::Qcow2)).await;
+    let (pool, state) = (daemon.dir.join("pool"), daemon.dir.join("state"));
+    // A volume that the catalogue forgot, a copy of it that an operator made, and a file of the operator's.
+    let catalogue = rusqlite::Connection::open(state.join("catalog.sqlite")).expect("opens");
+    catalogue.execute("DELETE FROM volumes WHERE name='web1'", []).expect("forgotten");
+    judge("cp", &["--preserve=all", pool.join("web1.raw").to_str().expect("text"), pool.join("copy.raw").to_str().expect("text")]);
+    std::fs::write(pool.join("notes.txt"), "mine").expect("written");
+    std::fs::write(pool.join(".cloudletd-stage-rnd-0-web9"), "unfinished").expect("written");
+    // A golden and a tarball without rows, and one whose name is not its digest.
+    catalogue.execute("DELETE FROM goldens", []).expect("forgotten");
+    let blob = std::fs::read_dir(state.join("blobs")).expect("blobs").next().expect("one").expect("an entry").path();
+    catalogue.execute("DELETE FROM blobs", []).expect("forgotten");
+    std::fs::write(state.join("blobs").join("0".repeat(64)), "tampered").expect("written");
+    drop(catalogue);
+    let mut reap = async |dry_run: bool, volumes: bool| {
+        let left = daemon.stores.reap_leftovers(proto::ReapLeftoversRequest { dry_run, volumes }).await.expect("reaped").into_inner().leftovers;
+        let name = |left: &proto::Leftover| left.path.rsplit('/').next().expect("a name").to_owned();
+        let mut found: Vec<(String, String, bool)> = left.iter().map(|left| (left.kind.clone(), name(left), left.removed)).collect();
+        found.sort();
+        found
+    };
+    let blob_name = blob.file_name().expect("a name").to_str().expect("text").to_owned();
+    let expected = |volumes: bool| {
+        let mut list = vec![
+            ("blob".to_owned(), blob_name.clone(), true),
+            ("foreign".to_owned(), "0".repeat(64), false),
+            ("foreign".to_owned(), "copy.raw".to_owned(), false),
+            ("foreign".to_owned(), "notes.txt".to_owned(), false),
+            ("golden".to_owned(), key.clone(), true),
+            ("stage".to_owned(), ".cloudletd-stage-rnd-0-web9".to_owned(), true),
+            ("volume".to_owned(), "web1.raw".to_owned(), volumes),
+        ];
+        list.sort();
+        list
+    };
+    assert_eq!(reap(true, true).await, expected(true));
+    assert!(pool.join("web1.raw").exists() && blob.exists() && state.join("goldens").join(&key).exists(), "a dry run removes nothing");
+    assert_eq!(reap(false, false).await, expected(false));
+    assert!(pool.join("web1.raw").exists() && !blob.exists() && !state.join("goldens").join(&key).exists());
+    reap(false, true).await;
+    let mut left: Vec<_> = std::fs::read_dir(&pool).expect("the pool").map(|entry| entry.expect("an entry").file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["copy.raw", "notes.txt", "web2.qcow2"]);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_put_in_the_place_of_a_damaged_catalogue_brings_everything_back() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+    let image = daemon.image().await;
+    daemon.render("key", spec(&image, "web1", VolumeFormat::Qcow2Overlay)).await;
+    let mapping = daemon.mapping("web1").await;
+    let backup = daemon.stores.backup_catalog(proto::BackupCatalogRequest { keep: 3 }).await.expect("backed up").into_inner();
+    daemon.stop().await;
+    let catalogue = dir.path().join("state/catalog.sqlite");
+    std::fs::write(&catalogue, b"nothing of a database ".repeat(1000)).expect("damaged");
+    let mut config = cloudletd::config::Config { state_dir: dir.path().join("state"), ..Default::default() };
+    config.listen.unix = dir.path().join("other");
+    let refused = cloudletd::server::serve_until(config.checked().expect("valid"), std::future::pending()).await.expect_err("damaged");
+    assert_eq!(refused.kind(), cloudletd::error::Kind::Corrupt, "{refused:?}");
+    // What the README says.
+    for beside in ["catalog.sqlite-wal", "catalog.sqlite-shm"] {
+        let _ = std::fs::remove_file(dir.path().join("state").join(beside));
+    }
+    std::fs::copy(&backup.path, &catalogue).expect("put back");
+    let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+    assert_eq!(daemon.mapping("web1").await, mapping);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_are_not_what_the_manifest_declares_are_refused_and_leave_nothing() {
+    let mut daemon = Daemon::start().await;
+    let digest = daemon.upload(&crate::support::tarball()).await;
+    let more = format!(r#"{{"rootfs": {{"digest": "{digest}", "media_type": "application/zstd"}}}}"#);
+    let image = daemon.image_of(&digest, &more).await;
+    let started = daemon.start_render("key", spec(&image, "web1", VolumeFormat::Raw)).await.expect("accepted").render.expect("a render");
+    let ended = daemon.wait(&started.id).await;
+    assert_eq!(ended.state(), proto::RenderState::Failed);
+    for dir in ["state/tmp", "state/goldens", "pool"] {
+        assert_eq!(std::fs::read_dir(daemon.dir.join(dir)).expect(dir).count(), 0, "{dir}");
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_golden_is_found_on_use_and_by_a_scrub_and_made_anew_unless_volumes_lie_over_it() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+    let image = daemon.image().await;
+    let key = daemon.render("key", spec(&image, "web1", VolumeFormat::Raw)).await.golden_key;
+    let disk = dir.path().join("state/goldens").join(&key).join("disk.raw");
+    let damage = || {
+        use std::os::unix::fs::{FileExt, PermissionsExt};
+        std::fs::set_permissions(&disk, std::fs::Permissions::from_mode(0o644)).expect("writable");
+        std::fs::File::options().write(true).open(&disk).expect("opens").write_all_at(&[0x5a; 512], 40 << 20).expect("damaged");
+    };
+    let mut stores = daemon.stores.clone();
+    let clean = stores.scrub_store(proto::ScrubStoreRequest {}).await.expect("scrubbed").into_inner();
+    assert!(clean.checked == 2 && clean.bytes > 0 && clean.damaged.is_empty(), "{clean:?}");
+    damage();
+    daemon.stop().await;
+    // First use by another process: built again, and what was damaged is kept to be looked at.
+    let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+    daemon.render("second", spec(&image, "web2", VolumeFormat::Qcow2Overlay)).await;
+    assert_eq!(std::fs::read_dir(dir.path().join("state/quarantine")).expect("there").count(), 1);
+    damage();
+    let found = daemon.stores.scrub_store(proto::ScrubStoreRequest {}).await.expect("scrubbed").into_inner().damaged;
+    assert!(found.len() == 1 && found[0].name == key && !found[0].quarantined && disk.exists(), "a volume lies over it: {found:?}");
+    daemon.stop().await;
+    let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+    let started = daemon.start_render("third", spec(&image, "web3", VolumeFormat::Raw)).await.expect("accepted").render.expect("a render");
+    let refused = daemon.wait(&started.id).await;
+    assert_eq!(refused.error.expect("why").reason, "GOLDEN_CORRUPT");
+    delete(&mut daemon, "web2").await;
+    daemon.render("third", spec(&image, "web3", VolumeFormat::Raw)).await;
+    // A tarball.
+    let blob = std::fs::read_dir(dir.path().join("state/blobs")).expect("blobs").next().expect("one").expect("an entry").path();
+    std::fs::remove_file(&blob).expect("removed");
+    let size = daemon.images.get_image(proto::GetImageRequest { image_id: image.clone() }).await.expect("there").into_inner();
+    std::fs::write(&blob, vec![7; size.image.expect("an image").rootfs.expect("one").size_bytes as usize]).expect("tampered");
+    let found = daemon.stores.scrub_store(proto::ScrubStoreRequest {}).await.expect("scrubbed").into_inner().damaged;
+    assert!(found.len() == 1 && found[0].kind == "blob" && found[0].quarantined && !blob.exists(), "{found:?}");
+    daemon.stop().await;
+}

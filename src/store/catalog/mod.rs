@@ -4,7 +4,9 @@
 //! flush: hundreds of renders a second cost a few dozen flushes. A caller gets its answer after the flush. Reads use a second connection (WAL: they never wait
 //! for the writer).
 
+pub mod backup;
 pub mod gc;
+pub mod journal;
 pub mod leases;
 pub mod names;
 pub mod owners;
@@ -78,10 +80,12 @@ fn connect(path: &Path) -> Result<Connection> {
 }
 
 impl Catalog {
-    /// Opens or makes the catalogue at `path`. `Kind::Unsupported` when a newer cloudletd made it.
+    /// Opens or makes the catalogue at `path`. `Kind::Unsupported` when a newer cloudletd made it, `Kind::Corrupt` when it is damaged.
     pub fn open(path: &Path) -> Result<Catalog> {
-        let writer = connect(path)?;
-        schema::prepare(&writer, &path.display().to_string())?;
+        let object = path.display().to_string();
+        let writer = connect(path).map_err(|error| backup::told_apart(&object, error))?;
+        backup::require_whole(&writer, &object)?;
+        schema::prepare(&writer, &object)?;
         for tables in [names::TABLES, streams::TABLES] {
             writer.execute_batch(tables).map_err(failed("make the tables of names and streams"))?;
         }
@@ -268,8 +272,8 @@ impl Catalog {
     }
 
     /// Admits a render under its idempotency key. A key that is free, or whose render failed or was cancelled and had the same spec, starts it (again: under the
-    /// id it had); otherwise the render that has the key is returned untouched.
-    pub fn admit_render(&self, render: RenderRecord) -> Result<Admitted> {
+    /// id it had); otherwise the render that has the key is returned untouched. `intents`: the volumes it will make, for the journal.
+    pub fn admit_render(&self, render: RenderRecord, intents: Vec<journal::Intent>) -> Result<Admitted> {
         self.write(move |connection| {
             let existing = connection
                 .prepare_cached("SELECT * FROM renders WHERE key=?1")
@@ -282,10 +286,12 @@ impl Catalog {
                         return Ok(Admitted::Existing(existing));
                     }
                     let again = RenderRecord { id: existing.id, ..render };
+                    journal::admit(connection, &again.id, intents)?;
                     save_render(connection, &again)?;
                     Ok(Admitted::Started(again))
                 }
                 None => {
+                    journal::admit(connection, &render.id, intents)?;
                     save_render(connection, &render)?;
                     Ok(Admitted::Started(render))
                 }

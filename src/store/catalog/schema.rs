@@ -47,7 +47,8 @@ CREATE INDEX volumes_by_root ON volumes (root_pool, root_name);
 /// From version 2 to 3: what is begun and not finished (`journal`), and who wants what to stay (`leases`).
 const FROM_2: &str = "
 CREATE TABLE journal (
-  seq INTEGER PRIMARY KEY, what TEXT NOT NULL, subject TEXT NOT NULL, detail TEXT NOT NULL, since INTEGER NOT NULL, UNIQUE (what, subject)
+  seq INTEGER PRIMARY KEY, what TEXT NOT NULL, subject TEXT NOT NULL, detail TEXT NOT NULL, since INTEGER NOT NULL, secret BLOB,
+  UNIQUE (what, subject)
 ) STRICT;
 CREATE TABLE leases (
   id TEXT PRIMARY KEY, kind TEXT NOT NULL, object TEXT NOT NULL, owner TEXT NOT NULL, reason TEXT NOT NULL, created INTEGER NOT NULL, expires INTEGER

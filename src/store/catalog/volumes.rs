@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{
-    Catalog, failed,
+    Catalog, failed, journal,
     rows::{all, json, volume_of},
     save_render,
 };
@@ -20,8 +20,14 @@ use crate::{
 impl Catalog {
     /// Adds the volumes of an instance and its render's final row in one transaction: all or none survive. `volumes` starts with the root. A row whose name is
     /// in `replaced` takes the place of the one that is there; for any other name that is taken it is `Kind::AlreadyExists`. What was attached to the root
-    /// before and is not among `volumes` is detached.
-    pub fn finish_render(&self, volumes: Vec<VolumeRecord>, replaced: BTreeSet<VolumeKey>, render: RenderRecord) -> Result<()> {
+    /// before and is not among `volumes` is detached; `leftover` of it is marked for removal.
+    pub fn finish_render(
+        &self,
+        volumes: Vec<VolumeRecord>,
+        replaced: BTreeSet<VolumeKey>,
+        leftover: Vec<VolumeKey>,
+        render: RenderRecord,
+    ) -> Result<()> {
         self.write(move |connection| {
             if let Some(root) = volumes.first() {
                 connection
@@ -41,6 +47,8 @@ impl Catalog {
                 }
                 save_volume(connection, volume, replaced.contains(&volume.key()))?;
             }
+            journal::mark_volumes(connection, &leftover)?;
+            journal::remove(connection, "render", &render.id)?;
             save_render(connection, &render)
         })
     }
@@ -119,6 +127,11 @@ impl Catalog {
         })
     }
 
+    /// Replaces a volume's row.
+    pub fn replace_volume(&self, record: VolumeRecord) -> Result<()> {
+        self.write(move |connection| save_volume(connection, &record, true))
+    }
+
     /// Forgets a volume; what was attached to it is detached.
     pub fn delete_volume(&self, pool: &str, name: &str) -> Result<bool> {
         let (pool, name) = (pool.to_owned(), name.to_owned());
@@ -126,6 +139,7 @@ impl Catalog {
             connection
                 .execute("UPDATE volumes SET root_pool=NULL, root_name=NULL WHERE root_pool=?1 AND root_name=?2", [&pool, &name])
                 .map_err(failed("detach volumes"))?;
+            journal::unmark_volume(connection, &pool, &name)?;
             connection.execute("DELETE FROM volumes WHERE pool=?1 AND name=?2", [pool, name]).map(|rows| rows > 0).map_err(failed("delete volume"))
         })
     }
