@@ -15,6 +15,7 @@ use std::{
 
 use clap::{CommandFactory, Parser, Subcommand};
 use cloudletd::{
+    config::worker::{self as config, Confine},
     disk::Layout,
     ext4::Ext4,
     fs::{
@@ -32,6 +33,7 @@ use cloudletd::{
         decompress::{self, Compression},
     },
     units::{Bytes, PATCH_BLOCK, Timestamp},
+    worker::Launcher,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -58,6 +60,9 @@ enum Command {
         directory: PathBuf,
         #[arg(long, default_value = "4 GiB", value_parser = size)]
         size: Bytes,
+        /// The daemon's program: foreign bytes are read by a confined worker, as the daemon has it. Without, in this process.
+        #[arg(long)]
+        worker: Option<PathBuf>,
         /// Leave the disk of the last run behind, as DIRECTORY/golden/disk.raw.
         #[arg(long)]
         keep: bool,
@@ -78,7 +83,7 @@ fn main() -> Result<()> {
     for run in 0..arguments.runs {
         let last = run + 1 == arguments.runs;
         let line = match command {
-            Command::Build { tarball, directory, size, keep } => build(tarball, directory, *size, *keep && last)?,
+            Command::Build { tarball, directory, size, worker, keep } => build(tarball, directory, *size, worker.as_deref(), *keep && last)?,
             Command::Stages { tarball } => stages(tarball)?,
             Command::Edit { image } => edit(image)?,
         };
@@ -96,7 +101,7 @@ fn compression(tarball: &Path) -> Result<Compression> {
     Ok(Compression::from_file_name(&name).ok_or_else(|| format!("{name} does not say how it is compressed"))?)
 }
 
-fn build(tarball: &Path, directory: &Path, size: Bytes, keep: bool) -> Result<serde_json::Value> {
+fn build(tarball: &Path, directory: &Path, size: Bytes, worker: Option<&Path>, keep: bool) -> Result<serde_json::Value> {
     let spec = GoldenSpec {
         rootfs: Digest::of(tarball.as_os_str().as_encoded_bytes()),
         prefix: None,
@@ -111,14 +116,16 @@ fn build(tarball: &Path, directory: &Path, size: Bytes, keep: bool) -> Result<se
         arch: "x86_64".into(),
         boot: GoldenBoot::default(),
     };
+    let settings = config::Worker { confine: if worker.is_some() { Confine::Required } else { Confine::Off }, ..config::Worker::default() };
+    let launcher = worker.iter().fold(Launcher::new(&settings), |launcher, program| launcher.with_program(*program));
+    let pacer = Arc::new(cloudletd::target::Pacer::default());
     let golden = directory.join("golden");
     if golden.exists() {
         fs::remove_dir_all(&golden)?;
     }
     fs::create_dir(&golden)?;
     let begun = Instant::now();
-    let built =
-        build_disk(&golden, tarball, Some(compression(tarball)?), &spec, &Arc::new(cloudletd::target::Pacer::default()), &Progress::default())?;
+    let built = build_disk(&golden, tarball, Some(compression(tarball)?), &spec, &launcher, &pacer, &Progress::default())?;
     let total = ms(begun);
     if !keep {
         fs::remove_dir_all(&golden)?;

@@ -8,6 +8,7 @@ mod kernels;
 mod listen;
 pub mod streams;
 mod verify;
+pub mod worker;
 
 use std::{
     collections::BTreeSet,
@@ -78,6 +79,8 @@ pub struct Config {
     pub streams: Vec<streams::StreamConfig>,
     /// The tree of our own.
     pub publish: streams::Publish,
+    /// Processes that read foreign bytes.
+    pub worker: worker::Worker,
 }
 
 /// A platform (instance type) as it is configured.
@@ -290,6 +293,7 @@ impl Default for Config {
             uefi: Uefi::default(),
             streams: Vec::new(),
             publish: streams::Publish::default(),
+            worker: worker::Worker::default(),
         }
     }
 }
@@ -429,6 +433,7 @@ impl Config {
                 return wrong(field, format!("{value} is not between 1 and 1048576"));
             }
         }
+        self.worker.check()?;
         Ok(self)
     }
 

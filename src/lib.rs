@@ -65,3 +65,4 @@ pub mod tree;
 pub mod trust;
 pub mod units;
 pub mod volume;
+pub mod worker;

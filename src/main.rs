@@ -8,7 +8,7 @@ use cloudletd::{
     config::Config,
     error::{Error, Result, Stage},
     fs::mounted::worker,
-    manifest, server, telemetry,
+    manifest, server, telemetry, worker as build_worker,
 };
 
 /// Renders cloudlets to bootable, configured disks.
@@ -46,6 +46,9 @@ enum Command {
     /// Started by the daemon for filesystems that the kernel writes; not for people.
     #[command(name = worker::SUBCOMMAND, hide = true)]
     MountWorker,
+    /// Started by the daemon to read foreign bytes; not for people.
+    #[command(name = build_worker::SUBCOMMAND, hide = true)]
+    Worker,
 }
 
 #[derive(Subcommand)]
@@ -76,9 +79,11 @@ enum ManifestCommand {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    // The worker enters its own mount namespace, which must happen before there is any other thread.
-    if let Command::MountWorker = arguments.command {
-        return worker::main();
+    // The workers enter namespaces of their own, which must happen before there is any other thread.
+    match arguments.command {
+        Command::MountWorker => return worker::main(),
+        Command::Worker => return build_worker::main(),
+        _ => {}
     }
     match run(arguments.command) {
         Ok(code) => code,
@@ -133,7 +138,7 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("{:#}", manifest::lxd::import::file(&file)?);
             Ok(ExitCode::SUCCESS)
         }
-        Command::MountWorker => unreachable!("handled before"),
+        Command::MountWorker | Command::Worker => unreachable!("handled before"),
     }
 }
 

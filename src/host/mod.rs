@@ -5,6 +5,7 @@
 
 pub mod block;
 pub mod command;
+pub mod confine;
 pub mod in_use;
 pub mod info;
 pub mod loops;

@@ -116,6 +116,35 @@ impl Worker {
         }
     }
 
+    /// Waits `patience` for the worker's end, then kills it; says how it ended.
+    pub fn abort(mut self, patience: Duration) -> Result<ExitStatus> {
+        let failed = |name: &str, error| Error::io(Stage::Host, name, "wait for its end", error);
+        match self.ended.recv_timeout(patience) {
+            Ok(status) => {
+                self.join();
+                return status.map_err(|error| failed(&self.name, error));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                self.join();
+                return Err(Error::internal(Stage::Host, self.name.clone(), "the thread that waits for it died"));
+            }
+        }
+        // The only error is that it has ended.
+        let _ended = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL);
+        match self.ended.recv_timeout(ABANDON_GRACE) {
+            Ok(status) => {
+                self.join();
+                status.map_err(|error| failed(&self.name, error))
+            }
+            Err(_) => {
+                // Inside a system call that does not end. Its thread stays until it does.
+                self.waiter = None;
+                Err(Error::new(Kind::Timeout, Stage::Host, self.name.clone(), "was killed and does not end"))
+            }
+        }
+    }
+
     fn kill(&mut self) {
         // The only error is that it has ended.
         let _ended = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL);

@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::Write,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     sync::{Arc, Mutex},
@@ -18,32 +18,33 @@ use crate::{
     boot::{
         extract::{Extent, Study},
         loaders::{HostLoaders, LoaderDigests},
-        prepare::{self, DiskBoot},
+        prepare::DiskBoot,
     },
     config::Verify,
     disk::{DiskIds, DiskPlan, Layout, types},
     error::{Error, Kind, Result, Stage},
     failpoint::reach,
-    fs::{BuildParams, BuiltFs, Filesystem, FsKind, Region, WriteObserver},
-    guest::{facts::GuestFacts, watch::Watch},
+    fs::{BuiltFs, Filesystem, FsKind},
+    guest::facts::GuestFacts,
     host::info::HostInfo,
-    manifest::{BootSpec, volatile::Volatile},
-    names::{Digest, GuestPath},
+    names::Digest,
     progress::Progress,
-    render::{Engine, LOADED_GOLDENS_MAX, blocking, fetch::Fetched, now_secs, resolve::Resolved},
+    render::{
+        Engine, LOADED_GOLDENS_MAX, blocking,
+        fetch::Fetched,
+        fill::{self, Filled, Inputs},
+        now_secs,
+        resolve::Resolved,
+    },
     spec::GoldenOptions,
     store::{
         Store,
-        digest::Follower,
         records::{GoldenRecord, GoldenSpec},
         sync_dir,
     },
     target::{GoldenDisk, Pacer},
-    tree::{
-        archive, below,
-        collect::Collector,
-        decompress::{self, Compression},
-    },
+    tree::decompress::Compression,
+    worker::Launcher,
 };
 
 /// Namespace of the identities of golden images (UUIDv5); drawn once, for good.
@@ -152,7 +153,7 @@ impl Engine {
             let begun = std::time::Instant::now();
             engine.store.catalog.touch_blob(fetched.golden.rootfs, now_secs())?;
             engine.verify_blob(fetched.golden.rootfs)?;
-            let record = build(&engine.store, &fetched, &engine.pacer, &progress)?;
+            let record = build(&engine.store, &fetched, &engine.launcher, &engine.pacer, &progress)?;
             engine.mark_verified(record.key);
             tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
             let loaded = engine.load_golden(key)?.ok_or_else(|| Error::internal(Stage::Golden, key.hex(), "was built and is not there"))?;
@@ -237,21 +238,24 @@ fn build_size(fetched: &Fetched) -> Result<u64> {
     let size = fs::metadata(&fetched.blob).map_err(|error| Error::io(Stage::Golden, object(), "look at the tarball", error))?.len();
     let compression = match fetched.resolved.image.compression()? {
         Some(compression) => compression,
-        None => detected(&fetched.blob)?,
+        None => {
+            let blob = File::open(&fetched.blob).map_err(|error| Error::io(Stage::Golden, object(), "open the tarball", error))?;
+            fill::detected(&blob, &object())?
+        }
     };
     let factor = if compression == Compression::None { 1 } else { 3 };
     Ok(size.saturating_mul(factor).min(fetched.golden.size_bytes))
 }
 
 /// Builds a golden in the store and gives its row. On an error nothing is left.
-fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progress) -> Result<GoldenRecord> {
+fn build(store: &Store, fetched: &Fetched, launcher: &Launcher, pacer: &Arc<Pacer>, progress: &Progress) -> Result<GoldenRecord> {
     let spec = &fetched.golden;
     let key = spec.key();
     let tmp = store.tmp().join(format!("golden-{}-{}", key.hex(), Uuid::new_v4().simple()));
     fs::create_dir(&tmp).map_err(|error| Error::io(Stage::Golden, tmp.display().to_string(), "make the build's directory", error))?;
     reach("golden-begun");
     let declared = fetched.resolved.image.compression();
-    let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, pacer, progress)).and_then(|built| {
+    let built = declared.and_then(|declared| build_disk(&tmp, &fetched.blob, declared, spec, launcher, pacer, progress)).and_then(|built| {
         let BuiltDisk { filesystem: built, digest, allocated } = built;
         let record = GoldenRecord {
             key,
@@ -280,22 +284,6 @@ fn build(store: &Store, fetched: &Fetched, pacer: &Arc<Pacer>, progress: &Progre
     }
 }
 
-/// Shows writes to an observer and holds the writing thread back, so that the next ones come no faster than they may. Writes go through the page cache, so
-/// the kernel's threads do the I/O: a priority of this one would mean nothing.
-struct Paced {
-    observer: Arc<Follower>,
-    pacer: Arc<Pacer>,
-    progress: Progress,
-}
-
-impl WriteObserver for Paced {
-    fn written(&self, offset: u64, bytes: &[u8]) {
-        self.observer.written(offset, bytes);
-        // A cancelled build is stopped by the one who writes.
-        let _ = self.pacer.take(bytes.len() as u64, &self.progress);
-    }
-}
-
 /// What [`build_disk`] made.
 #[derive(Debug)]
 pub struct BuiltDisk {
@@ -314,51 +302,27 @@ pub fn build_disk(
     blob: &Path,
     declared: Option<Compression>,
     spec: &GoldenSpec,
+    launcher: &Launcher,
     pacer: &Arc<Pacer>,
     progress: &Progress,
 ) -> Result<BuiltDisk> {
-    let key = spec.key();
     let path = dir.join("disk.raw");
     let failed = |doing: &'static str| {
         let object = path.display().to_string();
         move |error| Error::io(Stage::Golden, object.clone(), doing, error)
     };
-    let ids = GoldenIds::of(&key);
-    let plan = disk_plan(spec, spec.size_bytes, ids.disk)?;
     let disk = File::options().read(true).write(true).create_new(true).open(&path).map_err(failed("create the disk"))?;
     disk.set_len(spec.size_bytes).map_err(failed("set the disk's size"))?;
     let disk = Arc::new(disk);
-    let root = plan.root();
-    let region = Region { file: Arc::clone(&disk), offset: root.offset, len: root.len };
-    let params = BuildParams {
-        uuid: ids.filesystem.into_bytes(),
-        hash_seed: ids.hash_seed.into_bytes(),
-        label: spec.label.clone(),
-        profile: spec.profile,
-        // A fixed time: the same bytes today and tomorrow. 1970 itself would look like a clock that was never set.
-        epoch_secs: 1,
-        bytes_per_inode: spec.bytes_per_inode,
-    };
-    let mut builder = filesystem(spec.filesystem).builder(&params, region, progress)?;
-    let follower = Arc::new(Follower::new(spec.size_bytes));
-    builder.observe(Arc::new(Paced { observer: Arc::clone(&follower), pacer: Arc::clone(pacer), progress: progress.clone() }));
-    let facts = stream_tree(blob, declared, spec, progress, &mut *builder)?;
-    let filesystem = builder.finish()?;
-    let whole = Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes };
-    plan.write_table(&whole)?;
+    let (blob_name, disk_name) = (blob.display().to_string(), path.display().to_string());
+    let opened = File::open(blob).and_then(|file| file.metadata().map(|metadata| (file, metadata.len())));
+    let (blob, blob_len) = opened.map_err(|error| Error::io(Stage::Golden, blob_name.clone(), "open the tarball", error))?;
+    progress.enter(Stage::Golden, blob_len);
     let loaders = loaders_of(spec, dir)?;
-    let boot = prepare::prepare(&plan, &whole, spec.filesystem, &facts, &boot_spec(spec), &loaders, ids.disk)?;
-    follower.forget(0..root.offset);
-    follower.forget(root.offset + root.len..spec.size_bytes);
+    let inputs = Inputs { blob, blob_name: &blob_name, declared, disk: Arc::clone(&disk), disk_name: &disk_name, spec, loaders: &loaders };
+    let Filled { filesystem, digest, facts, boot } = launcher.fill(inputs, pacer, progress)?;
     let documents = [("facts.json", encode(&facts)?), ("boot.json", encode(&boot)?)];
     disk.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("make the disk read-only"))?;
-    // The digest needs the bytes, not the disk: what of it is left is computed while the kernel writes them out.
-    let digest = std::thread::scope(|scope| -> Result<Digest> {
-        let flush = scope.spawn(|| disk.sync_all());
-        let digest = follower.finish(&path)?;
-        flush.join().map_err(|_| Error::internal(Stage::Golden, key.hex(), "the flushing thread panicked"))?.map_err(failed("flush the disk"))?;
-        Ok(digest)
-    })?;
     for (name, bytes) in &documents {
         write_durably(&dir.join(name), bytes)?;
     }
@@ -380,12 +344,6 @@ fn loaders_of(spec: &GoldenSpec, scratch: &Path) -> Result<Arc<HostLoaders>> {
     Ok(loaders)
 }
 
-/// What the manifest said about the kernel, as far as it is part of the key.
-fn boot_spec(spec: &GoldenSpec) -> BootSpec {
-    let path = |text: &Option<String>| text.as_deref().and_then(|text| GuestPath::new(text).ok());
-    BootSpec { kernel: path(&spec.boot.kernel), initrd: path(&spec.boot.initrd), cmdline: None }
-}
-
 fn encode(document: &impl serde::Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(document).map_err(|error| Error::internal(Stage::Golden, "golden", "encode what is known about it").with_source(error))
 }
@@ -394,72 +352,6 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let object = || path.display().to_string();
     let bytes = fs::read(path).map_err(|error| Error::io(Stage::Golden, object(), "read what is known about the golden image", error))?;
     serde_json::from_slice(&bytes).map_err(|error| Error::new(Kind::Corrupt, Stage::Golden, object(), "is not readable").with_source(error))
-}
-
-fn stream_tree(
-    blob: &Path,
-    declared: Option<Compression>,
-    spec: &GoldenSpec,
-    progress: &Progress,
-    sink: &mut dyn crate::fs::TreeBuilder,
-) -> Result<GuestFacts> {
-    let failed = |doing: &'static str| move |error| Error::io(Stage::Golden, blob.display().to_string(), doing, error);
-    let file = File::open(blob).map_err(failed("open the tarball"))?;
-    progress.enter(Stage::Golden, file.metadata().map_err(failed("read the tarball's size"))?.len());
-    let compression = match declared {
-        Some(compression) => compression,
-        None => detected(blob)?,
-    };
-    let mut input = decompress::open_with(Box::new(file), compression, decompress::Limits::default(), progress)?;
-    let volatile = Volatile::compile(&spec.volatile)?;
-    // The archive's filter can't fail; a pattern that does (too much backtracking) is remembered and fails the build at the end.
-    let failure = std::cell::RefCell::new(None);
-    let prefix = spec.prefix.as_ref().map(GuestPath::new).transpose().map_err(|why| Error::internal(Stage::Golden, "rootfs.prefix", why))?;
-    let filter = |path: &GuestPath| {
-        let stripped = match &prefix {
-            Some(prefix) if below::is_beside(prefix, path) => return true,
-            Some(prefix) => below::strip(prefix, path),
-            None => None,
-        };
-        // The directories above the root are no part of the tree: the sink drops them.
-        let Some(path) = (if prefix.is_some() { stripped.as_ref() } else { Some(path) }) else { return false };
-        volatile.matches(path).unwrap_or_else(|error| {
-            failure.borrow_mut().get_or_insert(error);
-            true
-        })
-    };
-    let templates: Vec<GuestPath> = spec.templates.iter().filter_map(|path| GuestPath::new(path).ok()).collect();
-    let watch = Watch::new(&templates);
-    let mut collector = Collector::new(sink, &watch);
-    let limits = archive::Limits::default();
-    let summary = match &prefix {
-        None => archive::read(&mut *input, &limits, &filter, &mut collector, progress)?,
-        Some(prefix) => {
-            let mut below = below::Below::new(prefix.clone(), &mut collector);
-            let summary = archive::read(&mut *input, &limits, &filter, &mut below, progress)?;
-            below.finish()?;
-            summary
-        }
-    };
-    if let Some(error) = failure.into_inner() {
-        return Err(error);
-    }
-    tracing::debug!(entries = summary.entries, left_out = summary.left_out, "tree read");
-    Ok(collector.finish())
-}
-
-/// What the first bytes say, for a tarball that nobody declared a media type for.
-fn detected(blob: &Path) -> Result<Compression> {
-    let object = || blob.display().to_string();
-    let mut first = Vec::with_capacity(decompress::DETECT_LEN);
-    let file = File::open(blob).map_err(|error| Error::io(Stage::Golden, object(), "open the tarball", error))?;
-    file.take(decompress::DETECT_LEN as u64)
-        .read_to_end(&mut first)
-        .map_err(|error| Error::io(Stage::Golden, object(), "read the tarball", error))?;
-    Compression::detect(&first).ok_or_else(|| {
-        Error::new(Kind::InvalidRequest, Stage::Golden, object(), "is neither a tar archive nor one compressed by gzip, xz, zstd or bzip2")
-            .with_reason("ROOTFS_FORMAT_UNKNOWN")
-    })
 }
 
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -5,6 +5,7 @@
 //! resolve   spec → Resolved {image, manifest, args, pool, golden spec without the tarball's digest}
 //! fetch     Resolved → Fetched {blob on disk, golden spec complete}        async, single flight per URL
 //! golden    Fetched → Golden {disk, facts}                                 blocking, one build per key
+//! fill      the part of it that reads foreign bytes                        in a confined process (worker)
 //! inject    Golden + instance → edits and report                           pure
 //! devices   what an instance has beside its root: contents, fstab lines
 //! volume    Golden + edits → patch → staged → published volumes + mapping  blocking
@@ -26,6 +27,7 @@ mod admission;
 pub mod collect;
 pub mod devices;
 pub mod fetch;
+pub mod fill;
 pub mod flight;
 pub mod golden;
 pub mod inject;
@@ -66,6 +68,7 @@ use crate::{
         Pool,
         pace::{self, Pacer},
     },
+    worker::Launcher,
 };
 
 /// How old the answer about tools and versions of the host may be.
@@ -115,6 +118,8 @@ pub struct Engine {
     pacer: Arc<Pacer>,
     /// What is known of simplestreams sources.
     pub(crate) streams: crate::streams::tree::State,
+    /// Starts the processes that read foreign bytes.
+    launcher: Launcher,
 }
 
 impl Engine {
@@ -147,6 +152,7 @@ impl Engine {
             quotas: Arc::default(),
             pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
             streams: Default::default(),
+            launcher: Launcher::new(&config.worker),
             config,
         }))
     }

@@ -37,8 +37,10 @@ type Known = Option<[u8; 32]>;
 
 /// Computes the digest of the disk at `path`.
 pub fn of_disk(path: &Path) -> Result<Digest> {
-    let size = std::fs::metadata(path).map_err(|error| Error::io(Stage::Golden, path.display().to_string(), "read its size", error))?.len();
-    Follower::new(size).finish(path)
+    let object = path.display().to_string();
+    let opened = File::open(path).and_then(|file| file.metadata().map(|metadata| (file, metadata.len())));
+    let (file, size) = opened.map_err(|error| Error::io(Stage::Golden, object.clone(), "open for its digest", error))?;
+    Follower::new(size).finish(&file, &object)
 }
 
 /// Hashes a disk while it is written. Chunks that are written from front to back in one go, which are nearly all of them, are hashed from memory as they
@@ -78,20 +80,19 @@ impl Follower {
         }
     }
 
-    /// The digest of the disk at `path`, which has been written completely.
-    pub fn finish(&self, path: &Path) -> Result<Digest> {
-        let failed = |doing: &'static str| move |error: io::Error| Error::io(Stage::Golden, path.display().to_string(), doing, error);
-        let file = File::open(path).map_err(failed("open for its digest"))?;
-        let chunks = data_chunks(&file, self.size).map_err(failed("find its data"))?;
+    /// The digest of the disk `file`, which has been written completely; `object` is its name in errors.
+    pub fn finish(&self, file: &File, object: &str) -> Result<Digest> {
+        let failed = |doing: &'static str| move |error: io::Error| Error::io(Stage::Golden, object, doing, error);
+        let chunks = data_chunks(file, self.size).map_err(failed("find its data"))?;
         let mut known = std::mem::take(&mut self.state().done);
         let unknown: Vec<u64> = chunks.iter().copied().filter(|chunk| !matches!(known.get(chunk), Some(Some(_)))).collect();
         let next = Mutex::new(unknown.into_iter());
-        let read = || self.read_chunks(&file, &next);
+        let read = || self.read_chunks(file, &next);
         let hashes = thread::scope(|scope| -> Result<Vec<(u64, Known)>> {
             let workers: Vec<_> = (0..THREADS).map(|_| scope.spawn(read)).collect();
             let mut hashes = Vec::new();
             for worker in workers {
-                let joined = worker.join().map_err(|_| Error::internal(Stage::Golden, path.display().to_string(), "a hashing thread panicked"))?;
+                let joined = worker.join().map_err(|_| Error::internal(Stage::Golden, object, "a hashing thread panicked"))?;
                 hashes.extend(joined.map_err(failed("hash"))?);
             }
             Ok(hashes)
@@ -248,7 +249,7 @@ mod tests {
                     follower.forget(at..end);
                 }
             }
-            prop_assert_eq!(follower.finish(file.path()).expect("digest"), of_disk(file.path()).expect("digest"));
+            prop_assert_eq!(follower.finish(file.as_file(), "disk").expect("digest"), of_disk(file.path()).expect("digest"));
         }
     }
 
@@ -270,6 +271,6 @@ mod tests {
         };
         // The second was left before its end.
         assert_eq!(known, [(0, true), (1, false), (2, true)]);
-        assert_eq!(follower.finish(file.path()).expect("digest"), of_disk(file.path()).expect("digest"));
+        assert_eq!(follower.finish(file.as_file(), "disk").expect("digest"), of_disk(file.path()).expect("digest"));
     }
 }

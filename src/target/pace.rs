@@ -72,6 +72,11 @@ impl Pacer {
         Pacer { bucket, priority }
     }
 
+    /// Whether anything is limited at all.
+    pub fn is_limiting(&self) -> bool {
+        self.bucket.is_some()
+    }
+
     /// Waits until `bytes` may be written. `Cancelled` when the job is cancelled meanwhile.
     pub fn take(&self, bytes: u64, progress: &Progress) -> Result<()> {
         let Some(bucket) = &self.bucket else { return Ok(()) };

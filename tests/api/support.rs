@@ -54,6 +54,8 @@ impl Daemon {
     pub async fn start_in(dir: &Path, change: impl FnOnce(&mut Config)) -> Daemon {
         let mut config = Config { state_dir: dir.join("state"), ..Config::default() };
         config.listen.unix = dir.join("sock");
+        // This process is no cloudletd.
+        config.worker.program = Some(env!("CARGO_BIN_EXE_cloudletd").into());
         config.golden.size = Bytes(64 * MIB);
         config.fetch.file_roots = vec![dir.to_path_buf()];
         config.pools = vec![PoolConfig::Directory { name: "default".parse().expect("valid"), path: dir.join("pool") }];

@@ -22,7 +22,7 @@ mod overlay;
 #[cfg(test)]
 mod tests;
 mod tools;
-mod wire;
+pub(crate) mod wire;
 pub mod worker;
 mod xfs_identity;
 

@@ -280,7 +280,7 @@ impl WireError {
 }
 
 /// Sends one frame.
-pub(super) fn send(to: &mut impl Write, document: Option<&impl Serialize>, data: &[u8]) -> io::Result<()> {
+pub(crate) fn send(to: &mut impl Write, document: Option<&impl Serialize>, data: &[u8]) -> io::Result<()> {
     let document = match document {
         Some(document) => serde_json::to_vec(document)?,
         None => Vec::new(),
@@ -293,7 +293,7 @@ pub(super) fn send(to: &mut impl Write, document: Option<&impl Serialize>, data:
 }
 
 /// Receives one frame; nothing when the other end has closed. The data is of at most `data_max` bytes.
-pub(super) fn receive<T: DeserializeOwned>(from: &mut impl Read, data_max: usize) -> io::Result<Option<(Option<T>, Vec<u8>)>> {
+pub(crate) fn receive<T: DeserializeOwned>(from: &mut impl Read, data_max: usize) -> io::Result<Option<(Option<T>, Vec<u8>)>> {
     let mut lengths = [0; 8];
     let mut got = 0;
     while got < lengths.len() {

@@ -39,6 +39,11 @@ const INPUT_BUFFER_LEN: usize = 128 * 1024;
 /// As much as detection looks at: one tar header.
 pub const DETECT_LEN: usize = 512;
 
+/// Finds out now what a confined process can't find out later.
+pub fn prepare() {
+    let _known = xz::threads();
+}
+
 /// How an archive is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -4,6 +4,7 @@
 
 use std::{
     io::{self, BufRead, Read},
+    sync::OnceLock,
     thread,
 };
 
@@ -48,8 +49,14 @@ impl<R: BufRead> XzStreams<R> {
     }
 }
 
+/// How many threads are worth it. Finding out reads files of the cgroup, which a confined process can't: it asks once before.
+pub(super) fn threads() -> u32 {
+    static THREADS: OnceLock<u32> = OnceLock::new();
+    *THREADS.get_or_init(|| thread::available_parallelism().map_or(1, |count| count.get().min(THREADS_MAX)) as u32)
+}
+
 fn new_stream(memory_bytes: u64) -> io::Result<Stream> {
-    let threads = thread::available_parallelism().map_or(1, |count| count.get().min(THREADS_MAX)) as u32;
+    let threads = threads();
     // Above the first limit it goes on with fewer threads, above the second it fails.
     let stream = MtStreamBuilder::new().threads(threads).memlimit_threading(memory_bytes).memlimit_stop(memory_bytes).decoder()?;
     Ok(stream)

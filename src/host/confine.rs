@@ -1,0 +1,299 @@
+//! Confinement of a process that is about to read foreign bytes.
+//!
+//! ```text
+//!  step            what is gone afterwards                                                    where it can't be had
+//!  limits          cores, more than a few descriptors, files beyond the disk, endless memory  never
+//!  namespaces      the host's network, System V IPC and mounts; the root is an empty tmpfs     named in Confined::missing
+//!  identity        root: user and group nobody, no groups, no capabilities                     named when the caller is not root
+//!  no_new_privs    privileges by exec                                                          never
+//!  Landlock        every right on every file that is not open already, TCP, signals outside    named (kernels before 5.13, or without it)
+//!  seccomp         every system call that is not in the list below: the process is killed      never
+//! ```
+//!
+//! The order is not free: namespaces need privilege, the filter forbids the rest. It has to be called while the process has one thread; threads made
+//! later inherit all of it. What stays is: the descriptors that are open, memory, threads, time, random numbers, and the sockets among the descriptors.
+//!
+//! seccomp is the wall; the rest is what an attacker finds behind it should the kernel's filter or its list be wrong.
+
+use std::{collections::BTreeMap, io, path::Path};
+
+use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+    unistd::{Gid, Uid, chdir, geteuid, getpid, pivot_root, setgroups, setresgid, setresuid},
+};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use seccompiler::{BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule};
+
+use crate::error::{Error, Result, Stage};
+
+/// User and group `nobody` and `nogroup` on Debian, and the kernel's overflow ids everywhere: they own nothing.
+const NOBODY: u32 = 65534;
+/// Descriptors: those passed, their duplicates for threads, and a few.
+const DESCRIPTORS_MAX: u64 = 64;
+/// A directory that every host has; in the new mount namespace an empty one is put over it.
+const EMPTY_ROOT: &str = "/tmp";
+/// Who the kernel ends first when memory runs out: this process rather than a guest.
+const OOM_SCORE: &str = "800";
+
+/// What the confined work may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory that it may write to (RLIMIT_DATA), bytes; stacks of threads included.
+    pub memory_bytes: u64,
+    /// Length that a file may be written to, bytes.
+    pub file_bytes: u64,
+}
+
+/// What was done.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Confined {
+    /// Layers that this host does not give, in words; the filter is never among them.
+    pub missing: Vec<String>,
+}
+
+/// Confines this process for good. An error means that it may be confined by half: it has to end without reading anything.
+pub fn confine(limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
+    let object = "confinement";
+    let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Error::io(Stage::Host, object, "count threads", error))?.count();
+    if threads != 1 {
+        return Err(Error::internal(Stage::Host, object, format!("a process with {threads} threads can't be confined")));
+    }
+    // The filters are compiled while memory and files are to be had.
+    let filters = filters()?;
+    let mut confined = Confined::default();
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
+        confined.missing.push(format!("to be ended first when memory runs out: {error}"));
+    }
+    limit(limits).map_err(|errno| Error::io(Stage::Host, object, "set resource limits", errno.into()))?;
+    if geteuid().is_root() {
+        leave_namespaces(&mut confined);
+        drop_root().map_err(|errno| Error::errno(Stage::Host, object, "become nobody", errno))?;
+    } else {
+        confined.missing.push("namespaces and another user: the daemon is not root".into());
+    }
+    rustix::thread::set_no_new_privs(true).map_err(|errno| Error::io(Stage::Host, object, "give up privileges", errno.into()))?;
+    deny_files(&mut confined)?;
+    before_filter();
+    for filter in filters {
+        seccompiler::apply_filter(&filter)
+            .map_err(|error| Error::internal(Stage::Host, object, "install the system call filter").with_source(error))?;
+    }
+    Ok(confined)
+}
+
+fn limit(limits: Limits) -> rustix::io::Result<()> {
+    for (resource, value) in [
+        (Resource::Core, 0),
+        (Resource::Nofile, DESCRIPTORS_MAX),
+        (Resource::Fsize, limits.file_bytes),
+        (Resource::Data, limits.memory_bytes),
+        (Resource::Memlock, 0),
+        (Resource::Msgqueue, 0),
+    ] {
+        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
+    }
+    Ok(())
+}
+
+/// A network without interfaces, System V IPC without objects, and a root directory without entries. Each is had or named.
+fn leave_namespaces(confined: &mut Confined) {
+    for (flag, what) in [(CloneFlags::CLONE_NEWNET, "a network of its own"), (CloneFlags::CLONE_NEWIPC, "IPC of its own")] {
+        if let Err(errno) = unshare(flag) {
+            confined.missing.push(format!("{what}: {errno}"));
+        }
+    }
+    if let Err(errno) = empty_root() {
+        confined.missing.push(format!("an empty root directory: {errno}"));
+    }
+}
+
+fn empty_root() -> nix::Result<()> {
+    let none: Option<&str> = None;
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
+    mount(Some("none"), EMPTY_ROOT, Some("tmpfs"), flags, Some("size=4k,nr_inodes=1,mode=555"))?;
+    chdir(Path::new(EMPTY_ROOT))?;
+    // pivot_root(2), "pivot_root(".", ".")": the old root is stacked under the new one and is then unmounted with all that is mounted below it.
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")
+}
+
+/// From root to nobody for good. The kernel empties the permitted, effective and ambient sets when the last of the three user ids leaves 0
+/// (capabilities(7)); the bounding set means nothing to a process that can't exec.
+fn drop_root() -> nix::Result<()> {
+    setgroups(&[])?;
+    setresgid(Gid::from_raw(NOBODY), Gid::from_raw(NOBODY), Gid::from_raw(NOBODY))?;
+    setresuid(Uid::from_raw(NOBODY), Uid::from_raw(NOBODY), Uid::from_raw(NOBODY))
+}
+
+/// A Landlock domain with no rule: nothing may be opened, bound, connected or signalled that isn't ours.
+fn deny_files(confined: &mut Confined) -> Result<()> {
+    let abi = ABI::V6;
+    let denied = Ruleset::default()
+        .handle_access(AccessFs::from_all(abi))
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(abi)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(abi)))
+        .and_then(|ruleset| ruleset.create())
+        .and_then(|ruleset| ruleset.restrict_self());
+    match denied.map_err(|error| Error::internal(Stage::Host, "Landlock", "deny all files").with_source(error))?.ruleset {
+        RulesetStatus::FullyEnforced => {}
+        RulesetStatus::PartiallyEnforced => confined.missing.push("a part of Landlock: the kernel is older than 6.12".into()),
+        RulesetStatus::NotEnforced => confined.missing.push("Landlock: the kernel has none (5.13) or it is not enabled (lsm=)".into()),
+    }
+    Ok(())
+}
+
+/// What may be called with any arguments: memory, threads, waiting, time, and reading and writing what is open.
+const ALLOWED: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fstat,
+    libc::SYS_close,
+    libc::SYS_recvfrom,
+    libc::SYS_shutdown,
+    libc::SYS_ppoll,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    // glibc makes threads by it first; the other filter says ENOSYS, and it goes on with clone, whose flags can be seen.
+    libc::SYS_clone3,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_getrandom,
+];
+
+/// Any of these in the flags of clone(2) makes a namespace.
+const CLONE_NAMESPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET) as u64;
+
+/// One argument of a system call, by position, and what it has to be.
+enum Wanted {
+    /// Of 32 bits.
+    Is(u8, u64),
+    Null(u8),
+    /// These bits are set.
+    Has(u8, u64),
+    /// These bits are clear.
+    Lacks(u8, u64),
+}
+
+/// The filters in the order they are installed; the kernel takes the strictest answer of all.
+fn filters() -> Result<Vec<BpfProgram>> {
+    let refuse = filter([(libc::SYS_clone3, Vec::new())].into(), SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+    let executable = libc::PROT_EXEC as u64;
+    let empty_path = libc::AT_EMPTY_PATH as u64;
+    for (call, wanted) in [
+        // Data never becomes code.
+        (libc::SYS_mmap, vec![Wanted::Lacks(2, executable)]),
+        (libc::SYS_mprotect, vec![Wanted::Lacks(2, executable)]),
+        // Threads, not processes.
+        (libc::SYS_clone, vec![Wanted::Has(0, libc::CLONE_THREAD as u64), Wanted::Lacks(0, CLONE_NAMESPACES)]),
+        // The status of what is open. (A path could still be given; the root directory is empty.)
+        (libc::SYS_newfstatat, vec![Wanted::Has(3, empty_path)]),
+        (libc::SYS_statx, vec![Wanted::Has(2, empty_path)]),
+        // write(2) of a connected socket; no address.
+        (libc::SYS_sendto, vec![Wanted::Null(4)]),
+        // Names of threads.
+        (libc::SYS_prctl, vec![Wanted::Is(0, libc::PR_SET_NAME as u64)]),
+        // abort(3) of this process.
+        (libc::SYS_tgkill, vec![Wanted::Is(0, getpid().as_raw() as u64)]),
+    ] {
+        rules.insert(call, vec![rule(&wanted)?]);
+    }
+    // Duplicates for threads, and whether a descriptor is what it should be; never a change of flags or owners.
+    let commands = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL];
+    rules.insert(libc::SYS_fcntl, commands.into_iter().map(|command| rule(&[Wanted::Is(1, command as u64)])).collect::<Result<_>>()?);
+    let permit = filter(rules, SeccompAction::KillProcess, SeccompAction::Allow)?;
+    Ok(vec![refuse, permit])
+}
+
+fn rule(wanted: &[Wanted]) -> Result<SeccompRule> {
+    let conditions = wanted.iter().map(|wanted| {
+        let (argument, len, operator, value) = match *wanted {
+            Wanted::Is(argument, value) => (argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value),
+            Wanted::Null(argument) => (argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0),
+            Wanted::Has(argument, bits) => (argument, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(bits), bits),
+            Wanted::Lacks(argument, bits) => (argument, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(bits), 0),
+        };
+        SeccompCondition::new(argument, len, operator, value)
+    });
+    conditions.collect::<Result<_, _>>().and_then(SeccompRule::new).map_err(bad_filter)
+}
+
+fn filter(rules: BTreeMap<i64, Vec<SeccompRule>>, otherwise: SeccompAction, matching: SeccompAction) -> Result<BpfProgram> {
+    let arch = std::env::consts::ARCH.try_into().map_err(bad_filter)?;
+    SeccompFilter::new(rules, otherwise, matching, arch).and_then(TryInto::try_into).map_err(bad_filter)
+}
+
+fn bad_filter(error: seccompiler::BackendError) -> Error {
+    Error::internal(Stage::Host, "system call filter", "compile it").with_source(io::Error::other(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filters_compile_for_this_machine_and_no_dangerous_call_is_in_them() {
+        assert!(filters().expect("compiles").iter().all(|program| !program.is_empty()));
+        for call in [
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_ptrace,
+            libc::SYS_mount,
+            libc::SYS_ioctl,
+            libc::SYS_kill,
+            libc::SYS_unlinkat,
+            libc::SYS_bpf,
+            libc::SYS_io_uring_setup,
+            libc::SYS_userfaultfd,
+            libc::SYS_recvmsg,
+            libc::SYS_memfd_create,
+        ] {
+            assert!(!ALLOWED.contains(&call), "{call}");
+        }
+    }
+}

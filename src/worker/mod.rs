@@ -1,0 +1,236 @@
+//! The worker: foreign bytes are read in a process that can do nothing else.
+//!
+//! ```text
+//!  daemon (root)                                    cloudletd worker (nobody, no files, no network, no exec)
+//!  opens tarball and disk
+//!  Launcher::fill ── stdin: the tarball, read-only ─►
+//!                 ── socket: disk (SCM_RIGHTS), job ─►   waits; then host::confine, and only then reads the first byte
+//!                 ◄─ Confined {what this host lacks} ─
+//!                 ◄─ Take {bytes} ─ Go ─►                when writing is paced
+//!                 ◄─ Done {facts, digest, …} | Failed ─   exit
+//! ```
+//!
+//! In it run the decompressors, the tar reader, the ext4 writer, the reader of kernels and initrds and the writer of boot loaders (`render::fill`): all that
+//! sees a stranger's archive before it has become a filesystem of our own making. What comes back is a document of the types that the daemon keeps; the
+//! daemon parses nothing else. A worker that was taken over decides what one golden image contains, which the archive it was made from decided anyway.
+//!
+//! If the worker dies (a forbidden system call: SIGSYS; memory: SIGABRT or SIGKILL; a panic: status 101) the build fails with reason `WORKER_DIED` and the
+//! caller removes what was begun. Cancelling kills it. It dies with the daemon (parent-death signal).
+//!
+//! Not here: manifests and templates. They are small documents read by memory-safe code under caps of bytes, depth and fuel, on the path of every warm
+//! render, which takes 6 ms in all; a process start of 2 to 4 ms would be half as much again. XFS and btrfs images: the archive is read by the daemon and
+//! its entries go to the mount worker, which the kernel's filesystems need to be root.
+
+mod child;
+mod wire;
+
+use std::{
+    fs::File,
+    io::{BufReader, BufWriter, IoSlice, Seek, Write},
+    mem::MaybeUninit,
+    os::{fd::AsFd, unix::net::UnixStream, unix::process::ExitStatusExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+pub use self::child::main;
+use self::wire::{Job, Reply, Request};
+use crate::{
+    config::worker::{Confine, Worker as Settings},
+    error::{Error, Result, Stage},
+    fs::FsKind,
+    fs::mounted::wire::{receive, send},
+    host::namespace::Worker,
+    progress::Progress,
+    render::{
+        fill::{self, Brake, Filled, Inputs},
+        golden,
+    },
+    target::Pacer,
+};
+
+/// The hidden subcommand.
+pub const SUBCOMMAND: &str = "worker";
+/// How often a waiting daemon looks whether the job was cancelled, and how far it is.
+const POLL: Duration = Duration::from_millis(50);
+/// How long the rest of an answer may take: it is in memory, but the machine may be busy.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a worker may take to end after its last answer.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How workers are started.
+#[derive(Debug, Clone)]
+pub struct Launcher {
+    program: PathBuf,
+    settings: Settings,
+    misdeed: Option<String>,
+}
+
+impl Launcher {
+    /// Workers are this program, started again.
+    pub fn new(settings: &Settings) -> Self {
+        let program = settings.program.clone().unwrap_or_else(|| "/proc/self/exe".into());
+        Launcher { program, settings: settings.clone(), misdeed: None }
+    }
+
+    /// Workers are `program`: for tests and benchmarks, whose own program is not the daemon.
+    #[must_use]
+    pub fn with_program(self, program: impl Into<PathBuf>) -> Self {
+        Launcher { program: program.into(), ..self }
+    }
+
+    /// Workers do what no worker may do, once they are confined: for the test that shows what becomes of them. A daemon built without debug assertions
+    /// refuses such a job.
+    #[must_use]
+    pub fn with_misdeed(self, misdeed: &str) -> Self {
+        Launcher { misdeed: Some(misdeed.to_owned()), ..self }
+    }
+
+    /// Fills a disk as [`fill::fill`] does, in a worker unless configured otherwise.
+    pub fn fill(&self, inputs: Inputs<'_>, pacer: &Arc<Pacer>, progress: &Progress) -> Result<Filled> {
+        if self.settings.confine == Confine::Off || inputs.spec.filesystem != FsKind::Ext4 {
+            let brake = Arc::new(InProcess { pacer: Arc::clone(pacer), progress: progress.clone() });
+            let filesystem = golden::filesystem(inputs.spec.filesystem);
+            return fill::fill(inputs, &*filesystem, brake, progress);
+        }
+        progress.check()?;
+        let mut conversation = Conversation::start(&self.program, &inputs)?;
+        let job = Job::new(&inputs, self.settings.memory_max.0, pacer.is_limiting(), self.misdeed.clone());
+        let result = conversation.send(&Request::Fill(Box::new(job)), &wire::loaders_out(inputs.loaders));
+        let filled = result.and_then(|()| conversation.follow(&inputs.blob, pacer, progress));
+        match filled {
+            Ok(filled) => conversation.finish().map(|()| filled),
+            Err(error) => Err(conversation.abort(error)),
+        }
+    }
+}
+
+struct InProcess {
+    pacer: Arc<Pacer>,
+    progress: Progress,
+}
+
+impl Brake for InProcess {
+    fn take(&self, bytes: u64) {
+        let _cancelled = self.pacer.take(bytes, &self.progress);
+    }
+}
+
+/// Talking to a worker.
+struct Conversation {
+    from: BufReader<UnixStream>,
+    to: BufWriter<UnixStream>,
+    worker: Worker,
+}
+
+fn failed(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |error| Error::io(Stage::Host, SUBCOMMAND, doing, error)
+}
+
+fn died(why: impl Into<String>) -> Error {
+    Error::internal(Stage::Golden, SUBCOMMAND, why)
+        .with_reason("WORKER_DIED")
+        .with_hint("SIGSYS means a forbidden system call, SIGABRT or SIGKILL most often memory (worker.memory_max); the journal has more")
+}
+
+impl Conversation {
+    fn start(program: &Path, inputs: &Inputs<'_>) -> Result<Self> {
+        let blob = inputs.blob.try_clone().map_err(failed("duplicate the tarball's descriptor"))?;
+        let worker = Worker::spawn(program, &[SUBCOMMAND], blob.into())?;
+        let clone = || worker.socket().try_clone().map_err(failed("duplicate its socket"));
+        let (from, to) = (BufReader::new(clone()?), BufWriter::new(clone()?));
+        let descriptors = [inputs.disk.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut message = SendAncillaryBuffer::new(&mut space);
+        if !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+            return Err(Error::internal(Stage::Host, SUBCOMMAND, "one descriptor does not fit where one was to fit"));
+        }
+        sendmsg(worker.socket(), &[IoSlice::new(&[0])], &mut message, SendFlags::NOSIGNAL)
+            .map_err(|errno| failed("pass the disk's descriptor")(errno.into()))?;
+        Ok(Conversation { from, to, worker })
+    }
+
+    fn send(&mut self, request: &Request, data: &[u8]) -> Result<()> {
+        match send(&mut self.to, Some(request), data).and_then(|()| self.to.flush()) {
+            // A worker that is gone left an answer, or its end says why.
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => Err(failed("send")(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Answers the worker until it is done.
+    fn follow(&mut self, blob: &File, pacer: &Arc<Pacer>, progress: &Progress) -> Result<Filled> {
+        let mut read = 0;
+        loop {
+            self.set_timeout(POLL)?;
+            self.wait(blob, &mut read, progress)?;
+            // Once a frame has begun the rest of it is on its way.
+            self.set_timeout(FRAME_TIMEOUT)?;
+            match receive(&mut self.from, 0) {
+                Ok(Some((Some(Reply::Confined { missing }), _))) => {
+                    for layer in missing {
+                        tracing::warn!(layer, "the worker is confined without one layer that this host does not give");
+                    }
+                }
+                Ok(Some((Some(Reply::Take { bytes }), _))) => {
+                    pacer.take(bytes, progress)?;
+                    self.send(&Request::Go, &[])?;
+                }
+                Ok(Some((Some(Reply::Done(filled)), _))) => return Ok(*filled),
+                Ok(Some((Some(Reply::Failed(error)), _))) => return Err(error.into_error()),
+                Ok(Some((None, _))) => return Err(died("an answer was empty")),
+                Ok(None) => return Err(died("ended without an answer")),
+                Err(error) => return Err(died("its answer can't be read").with_source(error)),
+            }
+        }
+    }
+
+    fn set_timeout(&self, timeout: Duration) -> Result<()> {
+        self.worker.socket().set_read_timeout(Some(timeout)).map_err(failed("set a timeout"))
+    }
+
+    /// Waits for the first byte of an answer. How far the worker is shows in the tarball's position, which both processes share.
+    fn wait(&mut self, mut blob: &File, read: &mut u64, progress: &Progress) -> Result<()> {
+        use std::io::BufRead;
+        loop {
+            progress.check()?;
+            let waited = self.from.fill_buf().map(|_| ());
+            if let Ok(at) = blob.stream_position() {
+                progress.add(at.saturating_sub(*read));
+                *read = at.max(*read);
+            }
+            match waited {
+                Ok(()) => return Ok(()),
+                Err(error)
+                    if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut | std::io::ErrorKind::Interrupted) => {}
+                Err(error) => return Err(died("its answer can't be read").with_source(error)),
+            }
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        let Conversation { from, to, worker } = self;
+        drop((from, to));
+        let status = worker.finish(EXIT_TIMEOUT)?;
+        if status.success() { Ok(()) } else { Err(died(format!("ended with {status} after its answer"))) }
+    }
+
+    /// Ends the worker, whose work nobody wants; says in the error how it ended if that is all that is known.
+    fn abort(self, error: Error) -> Error {
+        let Conversation { from, to, worker } = self;
+        drop((from, to));
+        let died_itself = error.reason() == "WORKER_DIED";
+        match worker.abort(if died_itself { EXIT_TIMEOUT } else { Duration::ZERO }) {
+            Ok(status) if died_itself => match status.signal() {
+                Some(libc::SIGSYS) => died("was killed for a system call that it may not make (SIGSYS)"),
+                Some(signal) => died(format!("was killed by signal {signal}")),
+                None => died(format!("ended with {status} without an answer")),
+            },
+            Ok(_) => error,
+            Err(failure) => error.with_cleanup_failure(failure),
+        }
+    }
+}
