@@ -5,20 +5,30 @@
 mod common;
 
 use common::{
+    boot::Guest,
     daemon::Daemon,
     rig::{LOGIN_KEY, MACS, Rendered, call, call_ok, check, guest, image, render},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 const FIXTURE: &str = "bookworm-ifupdown";
 
-/// Renders, boots (the guest writes to its disk), reconfigures, boots again.
+/// What is booted: the guest of [`guest`], with its root in this partition of the disk.
+fn machine(rendered: &Rendered, partition: Option<u32>) -> Guest<'_> {
+    let guest = guest(FIXTURE, rendered.qemu_args());
+    match partition {
+        Some(number) => guest.root_partition(number),
+        None => guest,
+    }
+}
+
+/// Renders, boots (the guest writes to its disk), reconfigures, boots again. `more` is added to the request; `partition` is where it puts the root.
 #[track_caller]
-fn moves(instance: &str, format: &str) {
+fn moves(instance: &str, format: &str, more: &Value, partition: Option<u32>) {
     let daemon = Daemon::start("");
     let image = image(&daemon, FIXTURE, &json!({}));
-    let rendered = render(&daemon, &image, instance, format, &json!({}));
-    check(&guest(FIXTURE, rendered.qemu_args()).cmdline("boot.clean=1").boot(), &rendered, instance);
+    let rendered = render(&daemon, &image, instance, format, more);
+    check(&machine(&rendered, partition).cmdline("boot.clean=1").boot(), &rendered, instance);
 
     let volume = json!({"pool": "default", "name": instance});
     let network = json!({"interfaces": [{"name": "eth0", "mac": MACS[0], "addresses": ["198.51.100.77/24"], "gateway4": "198.51.100.1"}], "nameservers": ["198.51.100.53"]});
@@ -29,7 +39,7 @@ fn moves(instance: &str, format: &str) {
     let moved = Rendered { answer: call_ok(&daemon, "VolumeService/GetMapping", &json!({"volume": volume})) };
 
     // Not shut down this time.
-    let report = guest(FIXTURE, moved.qemu_args()).boot();
+    let report = machine(&moved, partition).boot();
     let context = format!("{report:#?}");
     assert_eq!(report.link_by_mac(MACS[0]).global_addresses(), ["198.51.100.77/24"], "{context}");
     let route = report.default_route4().unwrap_or_else(|| panic!("no default route: {context}"));
@@ -49,10 +59,15 @@ fn moves(instance: &str, format: &str) {
 
 #[test]
 fn an_overlay_that_has_run_moves_to_another_address() {
-    moves("overlay-9", "QCOW2_OVERLAY");
+    moves("overlay-9", "QCOW2_OVERLAY", &json!({}), None);
 }
 
 #[test]
 fn a_raw_volume_that_has_run_moves_to_another_address() {
-    moves("raw-9", "RAW");
+    moves("raw-9", "RAW", &json!({}), None);
+}
+
+#[test]
+fn a_disk_with_partitions_moves_to_another_address() {
+    moves("gpt-9", "QCOW2_OVERLAY", &json!({"golden": {"layout": "DISK_LAYOUT_GPT"}}), Some(1));
 }
