@@ -116,7 +116,7 @@ fn two_hundred_kills_leave_volumes_complete_or_absent_and_every_retry_gives_the_
             }
         };
         // Every third start after a kill is killed itself.
-        let recovery = (round % 3 == 0).then(|| ["recover-swept", "recover-settled", "recover-failed"][random.below(3) as usize]);
+        let recovery = (round.is_multiple_of(3)).then(|| ["recover-swept", "recover-settled", "recover-failed"][random.below(3) as usize]);
         let outcome = rounds::run(&mut rig, round, kind, &stop, recovery);
         if let Stop::At { step, times } = &stop {
             assert!(outcome.reached, "{} never came to {step} for the {times}. time (seed {seed})", kind.name());
