@@ -379,6 +379,18 @@ impl Config {
                 return wrong(&format!("pool[{index}].path"), format!("{path:?} is not an absolute path"));
             }
         }
+        for (index, mirror) in self.fetch.mirrors.iter_mut().enumerate() {
+            if let Some(path) = &mirror.mirrors_json {
+                for url in crate::source::mirrors_json::read(path).map_err(|error| error.under_field(&format!("fetch.mirror[{index}]")))? {
+                    if !mirror.replace.contains(&url) {
+                        mirror.replace.push(url);
+                    }
+                }
+            }
+        }
+        if let Some(index) = self.fetch.mirrors.iter().position(|mirror| mirror.replace.is_empty()) {
+            return wrong(&format!("fetch.mirror[{index}].replace"), "names no mirror".into());
+        }
         for (index, entry) in self.access.iter().enumerate() {
             entry.check(index, &names)?;
         }

@@ -254,7 +254,12 @@ async fn a_host_fetches_a_blob_once_for_all_others() {
     let request = proto::CreateImageRequest { manifest_json: manifest(&format!("file://{}", origin.display())), ..Default::default() };
     first.images.create_image(request).await.expect("catalogued");
 
-    let rule = Mirror { prefix: "https://cloudlets.example/".into(), replace: vec![format!("http://127.0.0.1:{port}/blobs/sha256/{{sha256}}")] };
+    let rule = Mirror {
+        prefix: "https://cloudlets.example/".into(),
+        replace: vec![format!("http://127.0.0.1:{port}/blobs/sha256/{{sha256}}")],
+        mirrors_json: None,
+        trusted: false,
+    };
     let mut second = Daemon::start_with(|config| config.fetch.mirrors = vec![rule]).await;
     let request = proto::CreateImageRequest { manifest_json: manifest("https://cloudlets.example/debian/root.tar"), ..Default::default() };
     let image = second.images.create_image(request).await.expect("catalogued").into_inner().image.expect("an image").id;

@@ -53,10 +53,16 @@ pub struct Fetch {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mirror {
-    /// URL prefix that is replaced.
+    /// URL prefix that is replaced; without a scheme a host and the beginning of a path, for http and https.
     pub prefix: String,
-    /// What it is replaced with, tried in order.
+    /// What it is replaced with, tried in order. `{digest}` and `{sha256}` are replaced by the file's digest, with and without `sha256:` before it.
+    #[serde(default)]
     pub replace: Vec<String>,
+    /// A `mirrors:1.0` document of simplestreams on this host whose mirrors come after those of `replace`. Absolute.
+    pub mirrors_json: Option<PathBuf>,
+    /// Whether these may be asked for files whose digest nobody knows. Default: only the original URL is.
+    #[serde(default)]
+    pub trusted: bool,
 }
 
 impl Default for Fetch {

@@ -137,7 +137,11 @@ pub fn fetcher_config(config: &config::Config) -> source::Config {
         attempts: fetch.attempts,
         size_max: fetch.max_size.0,
         file_roots: fetch.file_roots.clone(),
-        mirrors: fetch.mirrors.iter().map(|mirror| source::Mirror { prefix: mirror.prefix.clone(), replace: mirror.replace.clone() }).collect(),
+        mirrors: fetch
+            .mirrors
+            .iter()
+            .map(|mirror| source::Mirror { prefix: mirror.prefix.clone(), replace: mirror.replace.clone(), trusted: mirror.trusted })
+            .collect(),
         ..source::Config::default()
     }
 }

@@ -12,14 +12,16 @@
 //!
 //! # Retries
 //!
-//! A *round* asks each candidate once. What may pass (no answer, 408, 429, 5xx, a stall, a broken connection) is asked again in the next round after
-//! a pause that doubles and is cut randomly; what stays wrong (404, wrong size or digest, a URL that is not allowed) takes the candidate out. Bytes
+//! A *round* asks each candidate once, those that failed lately last ([`mirror`]). What may pass (no answer, 408, 429, 5xx, a stall, a broken
+//! connection) is asked again in the next round after a pause that doubles and is cut randomly; what stays wrong (404, wrong size or digest, a URL that is not allowed) takes the candidate out. Bytes
 //! that arrived are kept: the next request asks for the rest. Without a digest in the descriptor the rest is only taken from the same URL, when the
 //! server says by `ETag` or `Last-Modified` that it is still the same file; with one, the digest decides.
 
 mod clients;
 mod file;
 mod http;
+pub mod mirror;
+pub mod mirrors_json;
 mod partial;
 mod policy;
 mod resolver;
@@ -27,9 +29,7 @@ mod resolver;
 mod tests;
 
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
-    sync::Mutex,
     time::Duration,
 };
 
@@ -38,6 +38,7 @@ use tokio::time::Instant;
 
 use clients::Clients;
 pub use clients::{Authorities, Rules, SourceRules};
+pub use mirror::Mirror;
 pub use partial::DigestWriter;
 pub use policy::{Network, UrlPolicy};
 
@@ -50,10 +51,6 @@ use crate::{
 
 /// Longest pause between two rounds: a server that comes back is noticed within it.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// How long a mirror that failed is asked after the others. It is still asked: the others may have nothing.
-const SICK_TIME: Duration = Duration::from_secs(60);
-/// What stands for the digest in a mirror's address.
-const BY_DIGEST: &str = "{sha256}";
 /// How soon cancelling is noticed while nothing arrives.
 const CANCEL_CHECK: Duration = Duration::from_millis(100);
 
@@ -74,8 +71,10 @@ pub struct Config {
     pub size_max: u64,
     /// Directories that `file` URLs may name files below. Absolute, without `..`.
     pub file_roots: Vec<PathBuf>,
-    /// URLs with a prefix are fetched from elsewhere; the first rule that fits is used.
+    /// URLs with a prefix are fetched from elsewhere; the rules with the first prefix that fits are used.
     pub mirrors: Vec<Mirror>,
+    /// How long a mirror is put aside after its first failure.
+    pub mirror_back_off: Duration,
 }
 
 impl Default for Config {
@@ -95,18 +94,9 @@ impl Default for Config {
             size_max: 16 * GIB,
             file_roots: Vec::new(),
             mirrors: Vec::new(),
+            mirror_back_off: Duration::from_secs(30),
         }
     }
-}
-
-/// A rewrite rule. The operator wrote it, so its targets may be at any address and host; where they redirect to may not.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mirror {
-    /// URL prefix that is replaced. It ends at a slash: `https://deb.example/cloud` does not fit `https://deb.example/clouds/x`.
-    pub prefix: String,
-    /// What takes its place, in order of preference. Only these are asked; to fall back on the origin, name it last. One with `{sha256}` in it is asked for
-    /// the digest instead of the path, when that is known: `http://host1:7080/blobs/sha256/{sha256}`.
-    pub replace: Vec<String>,
 }
 
 /// What to fetch.
@@ -142,20 +132,48 @@ pub fn check_url_text(text: &str) -> Result<()> {
     }
 }
 
+/// Parses a URL of the configuration. `Kind::InvalidRequest` (`URL_INVALID`).
+pub fn parse_url(url: &str) -> Result<Url> {
+    policy::parse(url)
+}
+
 /// Fetches under one configuration. Shared by all transfers; connections are reused.
 #[derive(Debug)]
 pub struct Fetcher {
     config: Config,
     clients: Clients,
-    /// Mirrors that failed a moment ago, and until when they are asked last.
-    sick: Mutex<HashMap<String, Instant>>,
+    /// Which mirrors failed lately.
+    health: mirror::Health,
 }
 
 /// One place to ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Candidate {
-    File { url: Url, place: file::Place },
-    Http { url: Url, is_mirror: bool },
+    File {
+        url: Url,
+        place: file::Place,
+    },
+    /// `mirror` is the replacement of the rule, none for the origin.
+    Http {
+        url: Url,
+        mirror: Option<String>,
+    },
+}
+
+impl Candidate {
+    fn url(&self) -> &Url {
+        match self {
+            Candidate::File { url, .. } | Candidate::Http { url, .. } => url,
+        }
+    }
+
+    /// What its health is kept under.
+    fn mirror(&self) -> Option<&str> {
+        match self {
+            Candidate::Http { mirror, .. } => mirror.as_deref(),
+            Candidate::File { .. } => None,
+        }
+    }
 }
 
 /// What to do after a failure.
@@ -214,22 +232,17 @@ impl Fetcher {
                 return wrong("fetch.file_roots", format!("{root:?} is not an absolute path without \"..\""));
             }
         }
-        for mirror in &config.mirrors {
-            for url in std::iter::once(&mirror.prefix).chain(&mirror.replace) {
-                let parsed = policy::parse(url).map_err(|error| Error::field(Stage::Config, "fetch.mirror", error.to_string()))?;
-                if !matches!(parsed.scheme(), "http" | "https" | "file") || parsed.query().is_some() || parsed.fragment().is_some() {
-                    return wrong("fetch.mirror", format!("{url:?} is not an http, https or file URL without query"));
-                }
-            }
-        }
-        Ok(Fetcher { clients: Clients::new(&config), config, sick: Mutex::default() })
+        config.mirrors.iter().try_for_each(Mirror::check)?;
+        let health = mirror::Health::new(config.mirror_back_off);
+        Ok(Fetcher { clients: Clients::new(&config), config, health })
     }
 
     /// Whether a URL could be fetched as far as its text tells. `Kind::InvalidRequest` (`URL_INVALID`) when it is no URL, `Kind::PermissionDenied`
     /// (`URL_NOT_ALLOWED`) when the policy forbids it. What its name resolves to is looked at when it is fetched.
     pub fn check_url(&self, url: &str) -> Result<()> {
-        // Which digest it will be is not said here: places that go by digest count as places.
-        self.candidates(&policy::parse(url)?, Some(&Digest::of(b""))).map(drop)
+        // Some digest: whether there is one is known when it is fetched.
+        let descriptor = Descriptor { url: url.to_owned(), digest: Some(Digest::of(b"")), size: None };
+        self.candidates(&policy::parse(url)?, &descriptor).map(drop)
     }
 
     /// Fetches into `partial`, which may have the beginning from an interrupted fetch of the same descriptor; it is durable when this returns.
@@ -239,11 +252,10 @@ impl Fetcher {
     /// `Cancelled`. What has arrived stays in `partial` for the next try, unless it was wrong.
     pub async fn fetch(&self, descriptor: &Descriptor, partial: &Path, progress: &Progress) -> Result<Fetched> {
         let url = policy::parse(&descriptor.url)?;
-        let mut candidates = self.candidates(&url, descriptor.digest.as_ref())?;
-        // Stable: among the healthy, and among the sick, the operator's order holds.
-        candidates.sort_by_key(|candidate| self.is_sick(candidate));
+        let mut candidates = self.candidates(&url, descriptor)?;
+        let wanted = policy::shown(&url);
         if let Some(size) = descriptor.size.filter(|size| *size > self.config.size_max) {
-            return Err(partial::too_large(&policy::shown(&url), Some(size), self.config.size_max));
+            return Err(partial::too_large(&wanted, Some(size), self.config.size_max));
         }
         let deadline = Instant::now() + self.config.total_timeout;
         let writer = self.open_partial(partial, descriptor.digest.is_some(), progress).await?;
@@ -254,91 +266,50 @@ impl Fetcher {
         for round in 1..=self.config.attempts {
             let mut wait = Duration::ZERO;
             let mut remaining = Vec::new();
+            // Stable: those that are put aside are asked last, each group in the order of the configuration.
+            candidates.sort_by_key(|candidate: &Candidate| candidate.mirror().is_some_and(|mirror| self.health.aside(mirror).is_some()));
             for candidate in candidates {
-                let failure = match self.ask(&candidate, &mut transfer).await {
-                    Ok(fetched) => {
-                        self.note(&candidate, true);
-                        return Ok(fetched);
-                    }
+                let failure = match self.ask_and_note(&candidate, &mut transfer).await {
+                    Ok(fetched) => return Ok(fetched),
                     Err(failure) => failure,
                 };
-                // Not having something is no sickness, and giving up is not the mirror's fault.
-                if !matches!(failure.then, Then::GiveUp) && failure.error.kind() != Kind::NotFound {
-                    self.note(&candidate, false);
-                }
                 tracing::debug!(round, error = %failure.error.chain(), "fetch attempt failed");
+                let place = policy::shown(candidate.url());
                 match failure.then {
-                    Then::GiveUp => return Err(with_earlier(failure.error, failures)),
+                    Then::GiveUp => return Err(with_earlier(failure.error, &wanted, failures)),
                     Then::NextCandidate => {}
                     Then::Retry(at_least) => {
                         wait = wait.max(at_least.unwrap_or_default());
                         remaining.push(candidate);
                     }
                 }
-                failures.push(failure.error);
+                failures.push((place, failure.error));
             }
             candidates = remaining;
             if candidates.is_empty() || round == self.config.attempts {
                 break;
             }
-            transfer.sleep(wait.max(jittered(pause))).await.map_err(|error| with_earlier(error, std::mem::take(&mut failures)))?;
+            transfer.sleep(wait.max(jittered(pause))).await.map_err(|error| with_earlier(error, &wanted, std::mem::take(&mut failures)))?;
             pause = (pause * 2).min(PAUSE_MAX);
         }
-        Err(verdict(failures))
+        Err(mirror::verdict(&wanted, failures))
     }
 
-    /// Whether a mirror failed within the last minute.
-    fn is_sick(&self, candidate: &Candidate) -> bool {
-        let Some(name) = mirror_name(candidate) else { return false };
-        self.sick.lock().is_ok_and(|sick| sick.get(&name).is_some_and(|until| *until > Instant::now()))
-    }
-
-    fn note(&self, candidate: &Candidate, healthy: bool) {
-        let (Some(name), Ok(mut sick)) = (mirror_name(candidate), self.sick.lock()) else { return };
-        sick.retain(|_, until| *until > Instant::now());
-        if healthy {
-            sick.remove(&name);
-        } else {
-            sick.insert(name, Instant::now() + SICK_TIME);
+    /// Asks one candidate, once more when its bytes only spoiled what another place had given, and remembers how it did.
+    async fn ask_and_note(&self, candidate: &Candidate, transfer: &mut Transfer<'_>) -> Result<Fetched, Failure> {
+        let mut asked = self.ask(candidate, transfer).await;
+        // Now from the start, with bytes of this place alone; with the next round's first place in between they would be mixed again.
+        if matches!(&asked, Err(failure) if failure.error.kind() == Kind::Corrupt && matches!(failure.then, Then::Retry(_))) {
+            asked = self.ask(candidate, transfer).await;
         }
-    }
-
-    /// The places to ask for `url`, in order.
-    fn candidates(&self, url: &Url, digest: Option<&Digest>) -> Result<Vec<Candidate>> {
-        let text = url.as_str();
-        let rule = self.config.mirrors.iter().find_map(|mirror| rest_after_prefix(text, &mirror.prefix).map(|rest| (mirror, rest)));
-        let Some((mirror, rest)) = rule else {
-            if url.scheme() == "file" {
-                return Ok(vec![Candidate::File { url: url.clone(), place: file::place(url, &self.config.file_roots)? }]);
+        if let Some(mirror) = candidate.mirror() {
+            match &asked {
+                Ok(_) => self.health.worked(mirror),
+                Err(failure) if mirror::is_own_fault(&failure.error, failure.then) => self.health.failed(mirror, &failure.error),
+                Err(_) => {}
             }
-            self.config.rules(url).1.policy.check_url(url)?;
-            return Ok(vec![Candidate::Http { url: url.clone(), is_mirror: false }]);
-        };
-        let mut candidates = Vec::new();
-        for base in &mirror.replace {
-            if base.contains(BY_DIGEST) {
-                // A store of blobs: it has no paths that anybody could choose.
-                if let Some(digest) = digest {
-                    candidates.push(Candidate::Http { url: policy::parse(&base.replace(BY_DIGEST, &digest.hex()))?, is_mirror: true });
-                }
-                continue;
-            }
-            let base_url = policy::parse(base)?;
-            let rewritten = policy::parse(&format!("{}/{}", base.trim_end_matches('/'), rest.trim_start_matches('/')))?;
-            // The rest is a stranger's: it can only choose a path.
-            let place = |url: &Url| (url.scheme().to_owned(), url.host_str().map(str::to_owned), url.port());
-            if place(&rewritten) != place(&base_url) || !rewritten.path().starts_with(base_url.path().trim_end_matches('/')) {
-                return Err(policy::refused(url, "the URL leads out of its mirror".into()));
-            }
-            candidates.push(match rewritten.scheme() {
-                "file" => Candidate::File { place: file::place(&rewritten, &self.config.file_roots)?, url: rewritten },
-                _ => Candidate::Http { url: rewritten, is_mirror: true },
-            });
         }
-        if candidates.is_empty() {
-            return Err(policy::refused(url, "its mirror rule has no replacement".into()));
-        }
-        Ok(candidates)
+        asked
     }
 
     async fn open_partial(&self, partial: &Path, resume: bool, progress: &Progress) -> Result<DigestWriter> {
@@ -354,7 +325,7 @@ impl Fetcher {
                 self.copy_file(url, place, transfer).await?;
                 (None, url.clone())
             }
-            Candidate::Http { url, is_mirror } => self.transfer_http(url, *is_mirror, transfer).await?,
+            Candidate::Http { url, mirror } => self.transfer_http(url, mirror.is_some(), transfer).await?,
         };
         let url_used = policy::shown(&url);
         let (digest, size) = transfer.finish(&url_used).await?;
@@ -447,20 +418,6 @@ fn size_mismatch(url: &str, expected: u64, actual: u64) -> Error {
     Error::new(Kind::Corrupt, Stage::Fetch, url, format!("has {actual} bytes, expected {expected}")).with_reason("SIZE_MISMATCH")
 }
 
-/// What is left of `url` behind `prefix`, when that ends where a part of the URL does.
-fn rest_after_prefix<'u>(url: &'u str, prefix: &str) -> Option<&'u str> {
-    let rest = url.strip_prefix(prefix)?;
-    (prefix.ends_with('/') || rest.is_empty() || rest.starts_with(['/', '?'])).then_some(rest)
-}
-
-/// What a mirror's health is remembered under: scheme, host and port. Nothing for what is no mirror.
-fn mirror_name(candidate: &Candidate) -> Option<String> {
-    match candidate {
-        Candidate::Http { url, is_mirror: true } => Some(url.origin().ascii_serialization()),
-        Candidate::Http { .. } | Candidate::File { .. } => None,
-    }
-}
-
 /// Between a half and the whole of `pause`, so that hosts that failed together don't come back together.
 fn jittered(pause: Duration) -> Duration {
     let mut random = [0; 2];
@@ -469,21 +426,12 @@ fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + f64::from(share) / f64::from(u16::MAX) / 2.0)
 }
 
-/// What to report when no candidate is left: a failure that may pass if there is one, else the first.
-fn verdict(mut failures: Vec<Error>) -> Error {
-    let telling = failures.iter().rposition(Error::is_retryable).unwrap_or(0);
-    if failures.is_empty() {
-        return Error::internal(Stage::Fetch, "", "nothing was tried");
-    }
-    failures.swap_remove(telling)
-}
-
 /// A failure that ends everything, with what went wrong before as its cause.
-fn with_earlier(error: Error, mut earlier: Vec<Error>) -> Error {
-    match earlier.pop() {
-        Some(last) if error.kind() == Kind::Timeout => error.with_source(last),
-        _ => error,
+fn with_earlier(error: Error, wanted: &str, earlier: Vec<(String, Error)>) -> Error {
+    if error.kind() != Kind::Timeout || earlier.is_empty() {
+        return error;
     }
+    error.with_source(mirror::verdict(wanted, earlier))
 }
 
 async fn on_blocking_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -17,6 +17,8 @@ use tokio::{
 use super::*;
 
 mod https;
+#[path = "mirror_tests.rs"]
+mod mirrors;
 
 #[derive(Debug, Clone)]
 struct Request {
@@ -462,7 +464,11 @@ async fn mirrors_are_asked_in_order_instead_of_the_origin() {
     let mirror = |servers: &[&Server]| Config {
         // Mirrors may be at private addresses, what strangers name may not.
         rules: Rules { policy: UrlPolicy::default(), ..config().rules },
-        mirrors: vec![Mirror { prefix: "https://deb.example/cloud/".into(), replace: servers.iter().map(|server| server.url("/m/")).collect() }],
+        mirrors: vec![Mirror {
+            prefix: "https://deb.example/cloud/".into(),
+            replace: servers.iter().map(|server| server.url("/m/")).collect(),
+            trusted: false,
+        }],
         ..config()
     };
     let digest = Some(Digest::of(&bytes));
@@ -474,8 +480,9 @@ async fn mirrors_are_asked_in_order_instead_of_the_origin() {
     // Dots can't climb out of the mirror's directory: the parser takes them out before the prefix is compared.
     let fetcher = Fetcher::new(mirror(&[&right])).expect("good");
     for climbing in ["https://deb.example/cloud/../secret", "https://deb.example/cloud/%2e%2e/secret"] {
-        let candidates = fetcher.candidates(&policy::parse(climbing).expect("a URL"), None).expect("allowed");
-        assert_eq!(candidates, [Candidate::Http { url: policy::parse("https://deb.example/secret").expect("a URL"), is_mirror: false }]);
+        let descriptor = Descriptor { url: climbing.into(), digest, size: None };
+        let candidates = fetcher.candidates(&policy::parse(climbing).expect("a URL"), &descriptor).expect("allowed");
+        assert_eq!(candidates, [Candidate::Http { url: policy::parse("https://deb.example/secret").expect("a URL"), mirror: None }]);
     }
 }
 
@@ -489,7 +496,8 @@ async fn mirrors_that_lie_stall_truncate_or_answer_with_a_page_are_passed_over_a
     let page = Server::start(|_| vec![send("200 OK\r\nContent-Type: text/html\r\nContent-Length: 21", b"<html>sorry</html>...")]).await;
     let right = Server::start(move |request| good(request, &whole, "\"a\"")).await;
     let servers = [&lying, &stalling, &truncating, &page, &right];
-    let mirrors = vec![Mirror { prefix: "https://deb.example/cloud/".into(), replace: servers.map(|server| server.url("/")).to_vec() }];
+    let mirrors =
+        vec![Mirror { prefix: "https://deb.example/cloud/".into(), replace: servers.map(|server| server.url("/")).to_vec(), trusted: false }];
     let fetcher =
         Fetcher::new(Config { rules: Rules { connect_timeout: Duration::from_millis(200), ..config().rules }, mirrors, ..config() }).expect("good");
     let descriptor = Descriptor { url: "https://deb.example/cloud/x".into(), digest: Some(Digest::of(&bytes)), size: Some(50_000) };
@@ -508,7 +516,7 @@ async fn a_store_of_blobs_is_asked_by_digest_when_that_is_known() {
     let bytes = content(1000);
     let whole = bytes.clone();
     let blobs = Server::start(move |request| good(request, &whole, "\"a\"")).await;
-    let mirrors = vec![Mirror { prefix: "https://deb.example/".into(), replace: vec![blobs.url("/blobs/sha256/{sha256}")] }];
+    let mirrors = vec![Mirror { prefix: "https://deb.example/".into(), replace: vec![blobs.url("/blobs/sha256/{sha256}")], trusted: false }];
     let config = Config { mirrors, ..config() };
     let digest = Digest::of(&bytes);
     run(config.clone(), "https://deb.example/any/path?x", Some(digest)).await.fetched(&bytes);
@@ -522,7 +530,10 @@ async fn a_transfer_goes_on_at_another_mirror_where_the_first_one_broke() {
     let (half, whole) = (bytes.clone(), bytes.clone());
     let broken = Server::start(move |_| vec![send(&format!("200 OK\r\nContent-Length: {}", half.len()), &half[..60_000])]).await;
     let right = Server::start(move |request| good(request, &whole, "\"a\"")).await;
-    let config = Config { mirrors: vec![Mirror { prefix: "http://deb.example".into(), replace: vec![broken.url(""), right.url("")] }], ..config() };
+    let config = Config {
+        mirrors: vec![Mirror { prefix: "http://deb.example".into(), replace: vec![broken.url(""), right.url("")], trusted: false }],
+        ..config()
+    };
     run(config, "http://deb.example/x", Some(Digest::of(&bytes))).await.fetched(&bytes);
     let request = &right.requests()[0];
     assert_eq!((request.range_start(), request.headers.get("if-range")), (Some(60_000), None));
@@ -586,7 +597,7 @@ async fn files_are_fetched_from_below_the_roots_only() {
     run(config.clone(), &url("root/inside"), Some(Digest::of(b"other"))).await.failed(Kind::Corrupt, "DIGEST_MISMATCH");
     run(Config { size_max: 6, ..config.clone() }, &url("root/inside"), None).await.failed(Kind::NoSpace, "ROOTFS_TOO_LARGE");
     run(super::tests::config(), &url("root/inside"), None).await.failed(Kind::PermissionDenied, "URL_NOT_ALLOWED");
-    let mirrored = Config { mirrors: vec![Mirror { prefix: "https://deb.example/".into(), replace: vec![url("root/")] }], ..config };
+    let mirrored = Config { mirrors: vec![Mirror { prefix: "https://deb.example/".into(), replace: vec![url("root/")], trusted: true }], ..config };
     run(mirrored, "https://deb.example/sub/a%20b.tar", None).await.fetched(b"content");
 }
 
@@ -597,7 +608,7 @@ fn wrong_configurations_and_urls_are_refused_before_anything_is_asked() {
     assert_eq!(wrong(Config { file_roots: vec!["relative".into()], ..config() }), "fetch.file_roots");
     assert_eq!(wrong(Config { file_roots: vec!["/srv/../etc".into()], ..config() }), "fetch.file_roots");
     for url in ["ftp://x/", "no url", "https://x/?query"] {
-        let mirror = Mirror { prefix: "https://a/".into(), replace: vec![url.into()] };
+        let mirror = Mirror { prefix: "https://a/".into(), replace: vec![url.into()], trusted: false };
         assert_eq!(wrong(Config { mirrors: vec![mirror], ..config() }), "fetch.mirror", "{url}");
     }
     let fetcher = Fetcher::new(config()).expect("good");

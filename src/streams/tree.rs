@@ -98,7 +98,7 @@ pub fn root_of(url: &str) -> Result<(Url, StreamPath)> {
 /// What lets the fetcher ask the sources of the configuration wherever they are: the operator named them.
 pub fn mirrors(config: &Config) -> Vec<Mirror> {
     let root = |stream: &StreamConfig| root_of(&stream.url).ok().map(|(root, _)| root.as_str().trim_end_matches('/').to_owned());
-    config.streams.iter().filter_map(root).map(|root| Mirror { prefix: root.clone(), replace: vec![root] }).collect()
+    config.streams.iter().filter_map(root).map(|root| Mirror { prefix: root.clone(), replace: vec![root], trusted: true }).collect()
 }
 
 impl Source {
