@@ -6,6 +6,7 @@ mod fetch;
 mod gc;
 mod kernels;
 mod listen;
+pub mod share;
 pub mod streams;
 mod verify;
 pub mod worker;
@@ -81,6 +82,8 @@ pub struct Config {
     pub publish: streams::Publish,
     /// Processes that read foreign bytes.
     pub worker: worker::Worker,
+    /// What other hosts may take from this one, and whom it takes from.
+    pub share: share::Share,
 }
 
 /// A platform (instance type) as it is configured.
@@ -223,6 +226,8 @@ pub struct Golden {
     pub verify: Verify,
     /// Seconds between two scrubs, which compare everything in the store with its digest; 0 for none.
     pub scrub_interval_secs: u64,
+    /// Whether a golden image that is not here is built, or taken from a `share.peer` that has it. Default: build.
+    pub prefer: share::Prefer,
     /// Golden images that are prepared when the daemon starts.
     #[serde(rename = "prerender")]
     pub prerenders: Vec<Prerender>,
@@ -294,6 +299,7 @@ impl Default for Config {
             streams: Vec::new(),
             publish: streams::Publish::default(),
             worker: worker::Worker::default(),
+            share: share::Share::default(),
         }
     }
 }
@@ -307,6 +313,7 @@ impl Default for Golden {
             max_size: Bytes(1024 * GIB),
             verify: Verify::default(),
             scrub_interval_secs: 7 * 86_400,
+            prefer: share::Prefer::Build,
             prerenders: Vec::new(),
         }
     }
@@ -432,6 +439,7 @@ impl Config {
         }
         kernels::check(&self.kernels)?;
         streams::check(&self.streams, &self.publish)?;
+        share::check(&self.share, &self.listen, self.golden.prefer)?;
         if (1..MIB).contains(&self.limits.write_bandwidth.0) {
             return wrong("limits.write_bandwidth", format!("{} a second is less than 1 MiB; 0 is no limit", self.limits.write_bandwidth));
         }

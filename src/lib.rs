@@ -32,7 +32,7 @@
 //! # Reading order
 //!
 //! [`error`], [`names`], [`units`]; [`spec`], [`render`]; [`tree`], [`fs`], [`ext4`]; [`guest`], [`manifest`]; [`target`], [`disk`], [`mapping`]; [`store`],
-//! [`source`], [`host`]; [`api`], [`server`], [`config`].
+//! [`source`], [`share`], [`host`]; [`api`], [`server`], [`config`].
 
 #![deny(unsafe_code, missing_docs)]
 
@@ -55,6 +55,7 @@ pub mod progress;
 pub mod proto;
 pub mod render;
 pub mod server;
+pub mod share;
 pub mod source;
 pub mod spec;
 pub mod store;

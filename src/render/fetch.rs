@@ -3,13 +3,13 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
-    config,
+    config::{self, share::Prefer},
     error::{Error, Kind, Result, Stage},
     names::Digest,
     progress::Progress,
     render::{Engine, blocking, now_secs, resolve::Resolved},
     source::{self, Authorities, Descriptor, Rules, SourceRules, UrlPolicy},
-    store::records::GoldenSpec,
+    store::records::{GoldenSpec, ImageRecord},
 };
 
 /// A job whose tarball is in the store.
@@ -26,15 +26,30 @@ pub struct Fetched {
 impl Engine {
     /// Makes sure that the tarball is in the store. `begin` is called before work that takes long.
     pub async fn fetch(self: &Arc<Self>, resolved: Resolved, progress: &Progress, begin: impl Fn()) -> Result<Fetched> {
-        let digest = match self.known_blob(&resolved).await? {
+        let here = match self.pulled(&resolved, progress, &begin).await? {
+            Some(digest) => Some(digest),
+            None => self.known_blob(&resolved).await?,
+        };
+        let digest = match here {
             Some(digest) => digest,
             None => {
                 begin();
-                self.download(&resolved, progress).await?
+                self.download(&resolved.image.record, progress).await?
             }
         };
         let golden = resolved.golden.with_digest(digest);
         Ok(Fetched { golden, blob: self.store.blob_path(&digest), resolved })
+    }
+
+    /// The digest of the tarball, if this host prefers to take goldens from peers, and the one made from it is here, or has come from one now.
+    async fn pulled(self: &Arc<Self>, resolved: &Resolved, progress: &Progress, begin: &impl Fn()) -> Result<Option<Digest>> {
+        let Some(spec) = resolved.golden.complete().filter(|_| self.config.golden.prefer == Prefer::Pull) else { return Ok(None) };
+        if self.loaded_golden(&spec.key()).is_some() {
+            return Ok(Some(spec.rootfs));
+        }
+        begin();
+        let is_here = self.pull_golden(&spec, &resolved.image.record.id, progress).await?;
+        Ok(is_here.then_some(spec.rootfs))
     }
 
     /// The digest of the tarball, if it is known and either the bytes or the golden made from them are here.
@@ -51,8 +66,8 @@ impl Engine {
         .await
     }
 
-    async fn download(self: &Arc<Self>, resolved: &Resolved, progress: &Progress) -> Result<Digest> {
-        let image = &resolved.image.record;
+    /// Gets the tarball of an image into the store, however many ask for it at the same time, and gives its digest.
+    pub(crate) async fn download(self: &Arc<Self>, image: &ImageRecord, progress: &Progress) -> Result<Digest> {
         let Some(url) = image.rootfs_url.clone() else {
             let what = image.rootfs_digest.map(|digest| digest.to_string()).unwrap_or_default();
             return Err(Error::new(Kind::NotFound, Stage::Fetch, what, "the uploaded root filesystem is no longer in the store")

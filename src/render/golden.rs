@@ -156,6 +156,7 @@ impl Engine {
             let record = build(&engine.store, &fetched, &engine.launcher, &engine.pacer, &progress)?;
             engine.mark_verified(record.key);
             tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
+            crate::share::pull::forget_partial(&engine.store, &key);
             let loaded = engine.load_golden(key)?.ok_or_else(|| Error::internal(Stage::Golden, key.hex(), "was built and is not there"))?;
             Ok((fetched.resolved, loaded))
         })
@@ -188,7 +189,7 @@ impl Engine {
         Some(golden)
     }
 
-    pub(super) fn load_golden(&self, key: Digest) -> Result<Option<Arc<LoadedGolden>>> {
+    pub(crate) fn load_golden(&self, key: Digest) -> Result<Option<Arc<LoadedGolden>>> {
         if let Some(loaded) = self.loaded_golden(&key) {
             return Ok(Some(loaded));
         }
@@ -354,7 +355,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).map_err(|error| Error::new(Kind::Corrupt, Stage::Golden, object(), "is not readable").with_source(error))
 }
 
-fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |error| Error::io(Stage::Golden, path.display().to_string(), "write", error);
     let mut file = File::create_new(path).map_err(failed)?;
     file.write_all(bytes).map_err(failed)?;
@@ -364,7 +365,7 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Gives a finished build its name. What is there under that name had no row before the build (the caller looked): it is what an older cloudletd left when it
 /// was stopped.
-fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
+pub(crate) fn publish(store: &Store, tmp: &Path, key: &Digest) -> Result<()> {
     let dir = store.golden_dir(key);
     let failed = |doing: &'static str| {
         let object = dir.display().to_string();

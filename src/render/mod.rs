@@ -92,8 +92,8 @@ pub struct Engine {
     kernels: SuppliedKernels,
     host: Mutex<Option<(Instant, Arc<HostInfo>)>>,
     loaded: Mutex<Vec<Arc<LoadedGolden>>>,
-    fetches: Flights<String>,
-    builds: Flights<Digest>,
+    pub(crate) fetches: Flights<String>,
+    pub(crate) builds: Flights<Digest>,
     fetch_permits: Semaphore,
     build_permits: Semaphore,
     /// One per upload that goes on.
@@ -107,7 +107,7 @@ pub struct Engine {
     /// Volumes that a job is making, so that two jobs never make the same one.
     reserved: Mutex<HashSet<VolumeKey>>,
     /// What is promised to renders that run.
-    admission: Admission,
+    pub(crate) admission: Admission,
     /// Held by the one that collects garbage.
     collecting: Mutex<()>,
     /// Goldens that the configuration wants prepared, as far as they are.
@@ -115,11 +115,13 @@ pub struct Engine {
     /// What renders hold of their owners' quotas.
     quotas: Arc<quota::Quotas>,
     /// How fast bulk data is written.
-    pacer: Arc<Pacer>,
+    pub(crate) pacer: Arc<Pacer>,
     /// What is known of simplestreams sources.
     pub(crate) streams: crate::streams::tree::State,
     /// Starts the processes that read foreign bytes.
     launcher: Launcher,
+    /// What is known of other hosts.
+    pub(crate) share: crate::share::State,
 }
 
 impl Engine {
@@ -129,6 +131,7 @@ impl Engine {
         let mut fetching = fetch::fetcher_config(&config);
         fetching.mirrors.extend(crate::streams::tree::mirrors(&config));
         let fetcher = Fetcher::new(fetching)?;
+        let share = crate::share::State::new(&config.share)?;
         Ok(Arc::new(Engine {
             store,
             pools,
@@ -145,6 +148,7 @@ impl Engine {
             jobs: Mutex::new(HashMap::new()),
             verified: Mutex::new(HashSet::new()),
             unrecorded: Mutex::new(HashMap::new()),
+            share,
             reserved: Mutex::new(HashSet::new()),
             admission: Admission::new(config.limits.memory_reserve.0),
             collecting: Mutex::new(()),

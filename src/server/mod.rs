@@ -100,6 +100,14 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
             Ok(())
         });
     }
+    if let Some(address) = config.share.listen {
+        let listener = crate::share::serve::bind(address).await?;
+        let sharing = crate::share::serve::server(listener, &engine, &config, until(stopping.clone()))?;
+        tasks.spawn(async move {
+            sharing.await;
+            Ok(())
+        });
+    }
     let router = router(&engine, &certificates, layer, health)?;
     tasks.spawn(async move { router.serve_with_incoming_shutdown(accept::unix(unix, door), until(stopping)).await });
     tracing::info!(

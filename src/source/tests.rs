@@ -521,7 +521,11 @@ async fn a_store_of_blobs_is_asked_by_digest_when_that_is_known() {
     let digest = Digest::of(&bytes);
     run(config.clone(), "https://deb.example/any/path?x", Some(digest)).await.fetched(&bytes);
     assert_eq!(blobs.requests()[0].path, format!("/blobs/sha256/{}", digest.hex()));
-    run(config, "https://deb.example/any/path", None).await.failed(Kind::PermissionDenied, "URL_NOT_ALLOWED");
+    // Without a digest there is only the origin.
+    let url = policy::parse("https://deb.example/any/path").expect("a URL");
+    let descriptor = Descriptor { url: url.to_string(), digest: None, size: None };
+    let candidates = Fetcher::new(config).expect("good").candidates(&url, &descriptor).expect("allowed");
+    assert_eq!(candidates, [Candidate::Http { url, mirror: None }]);
 }
 
 #[tokio::test]

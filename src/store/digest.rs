@@ -83,7 +83,7 @@ impl Follower {
     /// The digest of the disk `file`, which has been written completely; `object` is its name in errors.
     pub fn finish(&self, file: &File, object: &str) -> Result<Digest> {
         let failed = |doing: &'static str| move |error: io::Error| Error::io(Stage::Golden, object, doing, error);
-        let chunks = data_chunks(file, self.size).map_err(failed("find its data"))?;
+        let chunks = data_chunks(file, self.size, CHUNK).map_err(failed("find its data"))?;
         let mut known = std::mem::take(&mut self.state().done);
         let unknown: Vec<u64> = chunks.iter().copied().filter(|chunk| !matches!(known.get(chunk), Some(Some(_)))).collect();
         let next = Mutex::new(unknown.into_iter());
@@ -177,8 +177,8 @@ impl State {
     }
 }
 
-/// Numbers of the chunks that are not entirely in a hole.
-fn data_chunks(file: &File, size: u64) -> io::Result<Vec<u64>> {
+/// Numbers of the chunks of `chunk_len` bytes that are not entirely in a hole.
+pub(crate) fn data_chunks(file: &File, size: u64, chunk_len: u64) -> io::Result<Vec<u64>> {
     let mut chunks = Vec::new();
     let mut at = 0;
     while at < size {
@@ -188,8 +188,8 @@ fn data_chunks(file: &File, size: u64) -> io::Result<Vec<u64>> {
             Err(errno) => return Err(errno.into()),
         };
         let end = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start))?;
-        let first = (start / CHUNK).max(chunks.last().map_or(0, |last| last + 1));
-        chunks.extend(first..end.div_ceil(CHUNK));
+        let first = (start / chunk_len).max(chunks.last().map_or(0, |last| last + 1));
+        chunks.extend(first..end.div_ceil(chunk_len));
         at = end;
     }
     Ok(chunks)

@@ -165,6 +165,20 @@ impl Catalog {
         })
     }
 
+    /// An image that is made from the root filesystem with this digest, and says where it is.
+    pub fn image_with_rootfs(&self, digest: Digest) -> Result<Option<ImageRecord>> {
+        self.read(|connection| {
+            connection
+                .query_row(
+                    "SELECT * FROM images WHERE rootfs_digest=?1 AND rootfs_url IS NOT NULL ORDER BY created, id LIMIT 1",
+                    [digest.to_string()],
+                    image_of,
+                )
+                .optional()
+                .map_err(failed("find an image by its root filesystem"))
+        })
+    }
+
     /// Images, newest first, after skipping `offset`.
     pub fn images(&self, limit: u32, offset: u64) -> Result<Vec<ImageRecord>> {
         self.read(|connection| {

@@ -1,0 +1,371 @@
+//! Golden images from peers.
+//!
+//! What has arrived of a golden is in one sparse file of the store's `tmp`, under a name that a restart keeps. What of it is there is not noted anywhere: the
+//! chunks that have the right hash are there. A transfer that was cut off goes on with the others, at the same peer or at another that has the same golden.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use futures_util::StreamExt;
+use uuid::Uuid;
+
+use super::{
+    manifest::{CHUNK_LEN, Chunk, GoldenManifest, chunk_len, hash, is_zero},
+    peer::Peer,
+};
+use crate::{
+    error::{Error, Kind, Result, Stage},
+    names::Digest,
+    progress::Progress,
+    render::{Engine, blocking, golden, now_secs},
+    source::mirror::Health,
+    store::{Store, digest, records::GoldenRecord, records::GoldenSpec, sync_dir},
+    target::Pacer,
+};
+
+/// Chunks asked for at the same time: hides the time between request and answer without taking the line for itself.
+const CHUNKS_AT_ONCE: usize = 4;
+/// Zeros of so many bytes are not written, so that what was a hole becomes one again.
+const HOLE: usize = 64 * 1024;
+
+/// A golden on its way, and those who have it.
+struct Pull<'p> {
+    key: Digest,
+    manifest: Arc<GoldenManifest>,
+    peers: Vec<&'p Peer>,
+    health: &'p Health,
+    file: Arc<File>,
+    path: PathBuf,
+    pacer: Arc<Pacer>,
+    progress: Progress,
+}
+
+impl Engine {
+    /// Gets a golden from a peer, if this host prefers that and a peer has it. Whether it is in the store now; when not, the log says why, and it is built.
+    ///
+    /// Fails only when the caller cancels, or when the store does: no room, no permission. What has arrived then stays for the next try.
+    pub async fn pull_golden(self: &Arc<Self>, spec: &GoldenSpec, image_id: &str, progress: &Progress) -> Result<bool> {
+        let key = spec.key();
+        let flight = self.builds.enter(&key).await;
+        progress.check()?;
+        let engine = Arc::clone(self);
+        if blocking(Stage::Golden, move || Ok(engine.load_golden(key)?.is_some())).await? {
+            return Ok(true);
+        }
+        let Some((manifest, peers)) = self.find_peers(spec, progress).await? else { return Ok(false) };
+        let _promised = self.admission.promise_store(&self.store.tmp(), manifest.data_len_max(), "a golden image of a peer")?;
+        let manifest = Arc::new(manifest);
+        progress.enter(Stage::Golden, manifest.data_len_max());
+        let begun = std::time::Instant::now();
+        let path = partial_path(&self.store, &manifest);
+        let (opened, described, checked) = (path.clone(), Arc::clone(&manifest), progress.clone());
+        let (file, missing) = blocking(Stage::Golden, move || open_partial(&opened, &described, &checked)).await?;
+        let (all, asked) = (manifest.chunks.len(), missing.len());
+        let pull = Pull {
+            key,
+            manifest: Arc::clone(&manifest),
+            peers,
+            health: &self.share.health,
+            file: Arc::new(file),
+            path,
+            pacer: Arc::clone(&self.pacer),
+            progress: progress.clone(),
+        };
+        if let Err(error) = pull.fetch(missing).await {
+            progress.check()?;
+            if matches!(error.kind(), Kind::NoSpace | Kind::Internal) {
+                return Err(error);
+            }
+            tracing::warn!(golden = %key.hex(), error = %error.chain(), "the golden image could not be pulled; it is built here");
+            return Ok(false);
+        }
+        let (engine, image_id) = (Arc::clone(self), image_id.to_owned());
+        let (file, path) = (Arc::clone(&pull.file), pull.path.clone());
+        let landed = blocking(Stage::Golden, move || {
+            // Held until the golden can be found, even if whoever awaits this goes away.
+            let _flight = flight;
+            let record = land(&engine.store, &file, &path, &manifest, image_id)?;
+            engine.mark_verified(record.key);
+            Ok(())
+        })
+        .await;
+        match landed {
+            Ok(()) => {
+                pull.peers.iter().for_each(|peer| self.share.health.worked(&peer.name));
+                tracing::info!(golden = %key.hex(), chunks = all, fetched = asked, ms = begun.elapsed().as_millis() as u64, "golden image pulled");
+                Ok(true)
+            }
+            Err(error) if error.kind() == Kind::Corrupt => {
+                pull.peers.iter().for_each(|peer| self.share.health.failed(&peer.name, &error));
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The manifest that enough peers name, and those peers, the well ones first.
+    async fn find_peers(&self, spec: &GoldenSpec, progress: &Progress) -> Result<Option<(GoldenManifest, Vec<&Peer>)>> {
+        let (state, key) = (&self.share, spec.key());
+        let mut peers: Vec<&Peer> = state.peers.iter().collect();
+        peers.sort_by_key(|peer| state.health.aside(&peer.name).is_some());
+        let mut named: Vec<(GoldenManifest, Vec<&Peer>)> = Vec::new();
+        for peer in peers {
+            progress.check()?;
+            // Building is better than waiting for somebody who was down a moment ago.
+            if state.health.aside(&peer.name).is_some() {
+                continue;
+            }
+            match peer.manifest(&key).await.and_then(|bytes| GoldenManifest::parse(&bytes, spec)) {
+                Ok(manifest) => match named.iter_mut().find(|(other, _)| *other == manifest) {
+                    Some((_, peers)) => peers.push(peer),
+                    None => named.push((manifest, vec![peer])),
+                },
+                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) => state.health.failed(&peer.name, &error),
+            }
+        }
+        if named.len() > 1 {
+            let digests: Vec<String> = named.iter().map(|(manifest, peers)| format!("{} says {}", peers[0].name, manifest.identity())).collect();
+            tracing::warn!(golden = %key.hex(), "peers have different golden images of one key: {}", digests.join(", "));
+        }
+        let most = named.iter().map(|(_, peers)| peers.len()).max().unwrap_or(0);
+        // Of two that equally many name, that of the peer which is configured first.
+        let chosen = named.into_iter().find(|(_, peers)| peers.len() == most);
+        if most > 0 && most < self.config.share.agree {
+            tracing::warn!(golden = %key.hex(), "{most} peers name the same golden image, {} are wanted", self.config.share.agree);
+        }
+        Ok(chosen.filter(|(_, peers)| peers.len() >= self.config.share.agree))
+    }
+}
+
+impl Pull<'_> {
+    /// Gets the missing chunks. The first that nobody gives ends it, when those that are under way have arrived.
+    async fn fetch(&self, missing: Vec<Chunk>) -> Result<()> {
+        let is_over = AtomicBool::new(false);
+        let is_over = &is_over;
+        let transfers =
+            missing.into_iter().map(|chunk| async move { if is_over.load(Ordering::Relaxed) { Ok(()) } else { self.fetch_chunk(chunk).await } });
+        let mut transfers = futures_util::stream::iter(transfers).buffer_unordered(CHUNKS_AT_ONCE);
+        let mut outcome = Ok(());
+        while let Some(result) = transfers.next().await {
+            if let Err(error) = result.and_then(|()| self.progress.check())
+                && outcome.is_ok()
+            {
+                is_over.store(true, Ordering::Relaxed);
+                outcome = Err(error);
+            }
+        }
+        outcome
+    }
+
+    async fn fetch_chunk(&self, chunk: Chunk) -> Result<()> {
+        let mut failures = Vec::new();
+        for peer in &self.peers {
+            self.progress.check()?;
+            if self.health.aside(&peer.name).is_some() && self.peers.len() > failures.len() + 1 {
+                continue;
+            }
+            match self.ask(peer, &chunk).await {
+                Ok(()) => return Ok(()),
+                Err(error) if error.stage() != Stage::Golden || matches!(error.kind(), Kind::NoSpace | Kind::Cancelled) => return Err(error),
+                Err(error) => {
+                    if error.kind() != Kind::NotFound {
+                        self.health.failed(&peer.name, &error);
+                    }
+                    failures.push(error.chain());
+                }
+            }
+        }
+        let message = format!("no peer gave chunk {}: {}", chunk.index, failures.join("; "));
+        Err(Error::new(Kind::Unavailable, Stage::Golden, self.key.hex(), message).with_reason("GOLDEN_PEERS"))
+    }
+
+    async fn ask(&self, peer: &Peer, chunk: &Chunk) -> Result<()> {
+        let compressed = peer.chunk(&self.key, chunk.index).await?;
+        let (file, path, pacer, progress) = (Arc::clone(&self.file), self.path.clone(), Arc::clone(&self.pacer), self.progress.clone());
+        let (chunk, name, len) = (chunk.clone(), peer.name.clone(), chunk_len(self.manifest.spec.size_bytes, chunk.index));
+        blocking(Stage::Golden, move || {
+            let bytes = verified(&compressed, &chunk, len, &name)?;
+            pacer.take(len, &progress)?;
+            write_sparsely(&file, &bytes, chunk.index * CHUNK_LEN)
+                .map_err(|error| Error::io(Stage::Store, path.display().to_string(), "write a chunk", error))?;
+            progress.add(len);
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// The bytes of a chunk. `Kind::Corrupt` (`GOLDEN_CHUNK`) when they are not those of the manifest.
+fn verified(compressed: &[u8], chunk: &Chunk, len: u64, peer: &str) -> Result<Vec<u8>> {
+    let wrong = |why: String| Error::new(Kind::Corrupt, Stage::Golden, peer, format!("chunk {} {why}", chunk.index)).with_reason("GOLDEN_CHUNK");
+    let capacity = usize::try_from(len).map_err(|_| wrong("is too large".into()))?;
+    let bytes = zstd::bulk::decompress(compressed, capacity).map_err(|error| wrong("can't be decompressed".into()).with_source(error))?;
+    if bytes.len() != capacity {
+        return Err(wrong(format!("has {} bytes, expected {len}", bytes.len())));
+    }
+    let actual = hash(&bytes);
+    if actual != chunk.blake3 {
+        return Err(wrong(format!("has the hash {actual}, expected {}", chunk.blake3)));
+    }
+    Ok(bytes)
+}
+
+fn write_sparsely(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    for (index, part) in bytes.chunks(HOLE).enumerate() {
+        let at = offset + (index * HOLE) as u64;
+        // What is there of an interrupted pull may be anything.
+        if is_zero(part) && reads_as_zeros(file, at, part.len())? {
+            continue;
+        }
+        file.write_all_at(part, at)?;
+    }
+    Ok(())
+}
+
+fn reads_as_zeros(file: &File, offset: u64, len: usize) -> io::Result<bool> {
+    let mut there = vec![0; len];
+    file.read_exact_at(&mut there, offset)?;
+    Ok(is_zero(&there))
+}
+
+/// Where a golden arrives. The store keeps files of this name when it starts.
+fn partial_path(store: &Store, manifest: &GoldenManifest) -> PathBuf {
+    store.tmp().join(format!("{}{}", partial_prefix(&manifest.key), manifest.identity().hex()))
+}
+
+fn partial_prefix(key: &Digest) -> String {
+    format!("partial-golden-{}-", key.hex())
+}
+
+/// Removes what has arrived of a golden that is complete by other means. Blocking; a failure is logged.
+pub(crate) fn forget_partial(store: &Store, key: &Digest) {
+    let prefix = partial_prefix(key);
+    let Ok(entries) = fs::read_dir(store.tmp()) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix)) {
+        if let Err(error) = fs::remove_file(entry.path()) {
+            tracing::warn!(path = %entry.path().display(), %error, "what was pulled of a golden image could not be removed");
+        }
+    }
+}
+
+/// Opens the file and finds out which chunks are not in it yet.
+fn open_partial(path: &Path, manifest: &GoldenManifest, progress: &Progress) -> Result<(File, Vec<Chunk>)> {
+    let failed = |doing: &'static str| move |error| Error::io(Stage::Store, path.display().to_string(), doing, error);
+    let size = manifest.spec.size_bytes;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(failed("open for what is pulled"))?;
+    // Cut to nothing when it is something else.
+    if file.metadata().map_err(failed("read its size"))?.len() != size {
+        file.set_len(0).and_then(|()| file.set_len(size)).map_err(failed("set its size"))?;
+        return Ok((file, manifest.chunks.clone()));
+    }
+    let mut buffer = vec![0; CHUNK_LEN as usize];
+    let mut missing = Vec::new();
+    for chunk in &manifest.chunks {
+        progress.check()?;
+        let bytes = &mut buffer[..chunk_len(size, chunk.index) as usize];
+        file.read_exact_at(bytes, chunk.index * CHUNK_LEN).map_err(failed("read what is there"))?;
+        if !is_zero(bytes) && hash(bytes) == chunk.blake3 {
+            progress.add(bytes.len() as u64);
+        } else {
+            missing.push(chunk.clone());
+        }
+    }
+    Ok((file, missing))
+}
+
+/// Gives a complete golden its place, as a build does. `Kind::Corrupt` (`GOLDEN_CORRUPT`) when it is not the one of the manifest; it is gone then.
+fn land(store: &Store, disk: &File, partial: &Path, manifest: &GoldenManifest, image_id: String) -> Result<GoldenRecord> {
+    let failed = |doing: &'static str| move |error| Error::io(Stage::Store, partial.display().to_string(), doing, error);
+    let digest = digest::of_disk(partial)?;
+    if digest != manifest.digest {
+        fs::remove_file(partial).map_err(failed("remove a wrong golden image"))?;
+        let message = format!("what was pulled has digest {digest}, the manifest says {}", manifest.digest);
+        return Err(Error::new(Kind::Corrupt, Stage::Golden, manifest.key.hex(), message).with_reason("GOLDEN_CORRUPT"));
+    }
+    let tmp = store.tmp().join(format!("golden-{}-{}", manifest.key.hex(), Uuid::new_v4().simple()));
+    fs::create_dir(&tmp).map_err(failed("make the golden's directory"))?;
+    let placed = complete(disk, partial, &tmp, manifest).and_then(|()| {
+        let record = GoldenRecord {
+            key: manifest.key,
+            spec: manifest.spec.clone(),
+            image_id,
+            digest,
+            allocated: disk.metadata().map_err(failed("read the allocated size"))?.blocks() * 512,
+            built: manifest.built.clone(),
+            created: now_secs(),
+            last_used: now_secs(),
+        };
+        // The row first, as a build has it: see the head of `store`.
+        store.catalog.put_golden(record.clone())?;
+        golden::publish(store, &tmp, &manifest.key)?;
+        Ok(record)
+    });
+    placed.map_err(|error| match fs::remove_dir_all(&tmp) {
+        Err(failure) if failure.kind() != io::ErrorKind::NotFound => {
+            error.with_cleanup_failure(Error::io(Stage::Golden, tmp.display().to_string(), "remove the unfinished golden image", failure))
+        }
+        _ => error,
+    })
+}
+
+/// Puts the files of a golden into the directory `tmp`, all durable.
+fn complete(disk: &File, partial: &Path, tmp: &Path, manifest: &GoldenManifest) -> Result<()> {
+    let failed = |doing: &'static str| move |error| Error::io(Stage::Store, partial.display().to_string(), doing, error);
+    golden::write_durably(&tmp.join("facts.json"), manifest.facts.as_bytes())?;
+    golden::write_durably(&tmp.join("boot.json"), manifest.boot.as_bytes())?;
+    disk.set_permissions(fs::Permissions::from_mode(0o444)).map_err(failed("make the disk read-only"))?;
+    disk.sync_all().map_err(failed("flush the disk"))?;
+    fs::rename(partial, tmp.join("disk.raw")).map_err(failed("move the disk"))?;
+    sync_dir(tmp)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_is_taken_only_with_its_own_bytes() {
+        let bytes = vec![3; 10_000];
+        let chunk = Chunk { index: 5, blake3: hash(&bytes) };
+        let compressed = |bytes: &[u8]| zstd::bulk::compress(bytes, 1).expect("compressed");
+        assert_eq!(verified(&compressed(&bytes), &chunk, 10_000, "peer").expect("right"), bytes);
+        let bomb = compressed(&vec![3; 1 << 24]);
+        for wrong in [&compressed(&bytes[1..]), &compressed(&[4; 10_000]), &bomb, &b"<html>".to_vec(), &Vec::new()] {
+            let error = verified(wrong, &chunk, 10_000, "peer").expect_err("wrong");
+            assert_eq!((error.kind(), error.reason()), (Kind::Corrupt, "GOLDEN_CHUNK"));
+        }
+    }
+
+    #[test]
+    fn zeros_become_holes_unless_something_else_is_there() {
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(4 << 20).expect("sized");
+        let mut bytes = vec![0; 1 << 20];
+        bytes[HOLE] = 1;
+        write_sparsely(&file, &bytes, 1 << 20).expect("written");
+        let allocated = file.metadata().expect("there").blocks() * 512;
+        assert!((1..=2 * HOLE as u64).contains(&allocated), "{allocated}");
+        file.write_all_at(&[9; 100], (1 << 20) + 5 * HOLE as u64).expect("written");
+        write_sparsely(&file, &bytes, 1 << 20).expect("written");
+        let mut there = vec![0; 1 << 20];
+        file.read_exact_at(&mut there, 1 << 20).expect("read");
+        assert!(there == bytes);
+    }
+}
