@@ -55,15 +55,16 @@ pub struct Catalog {
 }
 
 fn failed(doing: &str) -> impl Fn(rusqlite::Error) -> Error + '_ {
-    move |error| {
-        let kind = match error.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::DiskFull) => Kind::NoSpace,
-            Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => Kind::Corrupt,
-            Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => Kind::Busy,
-            Some(rusqlite::ErrorCode::ReadOnly) => Kind::Conflict,
-            _ => Kind::Internal,
-        };
-        Error::new(kind, Stage::Store, "catalogue", doing.to_owned()).with_source(error)
+    move |error| Error::new(kind_of(&error), Stage::Store, "catalogue", doing.to_owned()).with_source(error)
+}
+
+fn kind_of(error: &rusqlite::Error) -> Kind {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => Kind::NoSpace,
+        Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => Kind::Corrupt,
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => Kind::Busy,
+        Some(rusqlite::ErrorCode::ReadOnly) => Kind::Conflict,
+        _ => Kind::Internal,
     }
 }
 
@@ -411,7 +412,7 @@ fn write_loop(connection: &Connection, receiver: &mpsc::Receiver<Write>) {
         for reply in replies {
             reply(match &committed {
                 Ok(()) => Ok(()),
-                Err(error) => Err(Error::new(Kind::Internal, Stage::Store, "catalogue", format!("commit: {error}"))),
+                Err(error) => Err(Error::new(kind_of(error), Stage::Store, "catalogue", format!("commit: {error}"))),
             });
         }
     }
