@@ -41,6 +41,25 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// Every kind, for those who are told one by its name.
+    pub const ALL: [Kind; 13] = [
+        Kind::InvalidRequest,
+        Kind::NotFound,
+        Kind::AlreadyExists,
+        Kind::Conflict,
+        Kind::PermissionDenied,
+        Kind::Unsupported,
+        Kind::NoSpace,
+        Kind::Busy,
+        Kind::Corrupt,
+        Kind::Unavailable,
+        Kind::Timeout,
+        Kind::Cancelled,
+        Kind::Internal,
+    ];
+}
+
 /// Where it happened; the same names are used by spans, metrics and the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {

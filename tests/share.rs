@@ -2,6 +2,9 @@
 
 #[path = "share_kit/mod.rs"]
 mod kit;
+#[path = "api/pki.rs"]
+#[allow(dead_code, reason = "shared with the API tier, which uses all of it")]
+mod pki;
 #[path = "api/support.rs"]
 #[allow(dead_code, reason = "shared with the API tier, which uses all of it")]
 mod support;
@@ -13,7 +16,8 @@ use cloudletd::{
     names::Digest,
     proto::RenderState,
 };
-use kit::{Authority, Between, blobs_of, client, free_port, golden_of, image_named, pulling, serving, spec, tarball};
+use kit::{Between, blobs_of, client, golden_of, image_named, pulling, serving, spec, tarball};
+use pki::{Authority, free_port};
 use support::Daemon;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -223,25 +227,27 @@ async fn only_allowed_addresses_and_certificates_are_answered() {
 
     let dir = tempfile::tempdir().expect("a directory");
     let (ours, other) = (Authority::new(), Authority::new());
-    let (certificate, key) = ours.issue("localhost");
-    for (name, text) in [("server.pem", &certificate), ("server.key", &key), ("ca.pem", &ours.pem)] {
-        std::fs::write(dir.path().join(name), text).expect("written");
-    }
+    ours.write(dir.path());
+    std::fs::write(dir.path().join("crl.pem"), ours.revoking(&[2], 2100)).expect("written");
     let files = dir.path().to_path_buf();
     let (mut builder, address) = serving(&tar, |config| {
         config.share.allow.clear();
         config.share.tls = true;
-        config.listen.tls = Some(Tls::new(files.join("server.pem"), files.join("server.key"), files.join("ca.pem")));
+        let tls = Tls::new(files.join("server.pem"), files.join("server.key"), files.join("ca.pem"));
+        config.listen.tls = Some(Tls { client_crl: Some(files.join("crl.pem")), ..tls });
     })
     .await;
     let image = image_named(&mut builder, &tar).await;
     builder.render("a", spec(&image, "web1")).await;
     let url = format!("https://localhost:{}", address.port());
-    for (name, authority, expected) in
-        [("ours", Some(&ours), RenderState::Succeeded), ("other", Some(&other), RenderState::Failed), ("none", None, RenderState::Failed)]
-    {
+    for (name, authority, serial, expected) in [
+        ("ours", Some(&ours), 1u64, RenderState::Succeeded),
+        ("revoked", Some(&ours), 2, RenderState::Failed),
+        ("other", Some(&other), 1, RenderState::Failed),
+        ("none", None, 0, RenderState::Failed),
+    ] {
         let identity = authority.map(|authority| {
-            let (certificate, key) = authority.issue("host");
+            let (certificate, key) = authority.issue_with("host", |params| params.serial_number = Some(serial.into()));
             let path = dir.path().join(format!("{name}.pem"));
             std::fs::write(&path, format!("{certificate}{key}")).expect("written");
             path

@@ -1,6 +1,7 @@
 //! Listeners: a unix socket with peer credentials (its own, or one passed by systemd), TCP with mutual TLS; health, reflection, and drain on SIGTERM.
 
 pub mod accept;
+pub mod http;
 mod reload;
 pub mod tls;
 
@@ -102,7 +103,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     }
     if let Some(address) = config.share.listen {
         let listener = crate::share::serve::bind(address).await?;
-        let sharing = crate::share::serve::server(listener, &engine, &config, until(stopping.clone()))?;
+        let sharing = crate::share::serve::server(listener, &engine, &config, certificates.as_ref(), until(stopping.clone()))?;
         tasks.spawn(async move {
             sharing.await;
             Ok(())

@@ -1,4 +1,4 @@
-//! TLS of the TCP listener: only clients with a certificate of the configured authorities get as far as a call.
+//! TLS of the TCP listeners: only clients with a certificate of the configured authorities get as far as a call.
 //!
 //! Certificate, key, authorities and revocations are read again when one of the files changes (looked at every `listen.tls.reload_interval_secs`) and on
 //! SIGHUP, all or nothing: files that can't be read, don't fit together or have ended leave what was there in force, which the log and GetHostInfo say. A
@@ -47,6 +47,7 @@ struct State {
 
 struct Loaded {
     acceptor: TlsAcceptor,
+    http1: TlsAcceptor,
     fingerprint: Digest,
     not_before: i64,
     not_after: i64,
@@ -81,6 +82,11 @@ impl Certificates {
     /// For the next connection.
     pub fn acceptor(&self) -> TlsAcceptor {
         self.state().loaded.acceptor.clone()
+    }
+
+    /// The same for readers of shared files, who speak HTTP/1.1.
+    pub fn http1_acceptor(&self) -> TlsAcceptor {
+        self.state().loaded.http1.clone()
     }
 
     /// Whether a file is another than at the last try. Blocking.
@@ -168,12 +174,17 @@ fn load(tls: &Tls) -> Result<Loaded> {
         .with_client_cert_verifier(verifier(tls, provider)?)
         .with_single_cert(chain, key)
         .map_err(|error| unfit(&tls.certificate, "does not fit its key", error))?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
     // A resumed session would not look at the client's certificate again: revoked or ended, it would still open the door.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    let acceptor = |protocol: &[u8]| {
+        let mut config = config.clone();
+        config.alpn_protocols = vec![protocol.to_vec()];
+        TlsAcceptor::from(Arc::new(config))
+    };
     Ok(Loaded {
-        acceptor: TlsAcceptor::from(Arc::new(config)),
+        acceptor: acceptor(b"h2"),
+        http1: acceptor(b"http/1.1"),
         fingerprint: Digest::of(&leaf),
         not_before: parsed.validity().not_before.timestamp(),
         not_after: parsed.validity().not_after.timestamp(),

@@ -16,7 +16,6 @@ pub mod manifest;
 pub mod peer;
 pub mod pull;
 pub mod serve;
-mod transport;
 
 use std::{collections::HashMap, sync::Arc, sync::Mutex, time::Duration};
 

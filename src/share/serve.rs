@@ -17,13 +17,17 @@ use tokio::{
 };
 use tokio_util::io::ReaderStream;
 
-use super::{manifest, transport};
+use super::manifest;
 use crate::{
     config::Config,
     error::{Error, Kind, Result, Stage},
     names::Digest,
     progress::Progress,
     render::{Engine, blocking},
+    server::{
+        http::{self, Part, parse_range},
+        tls::Certificates,
+    },
     share::manifest::{CHUNK_LEN, GoldenManifest},
 };
 
@@ -76,25 +80,23 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|error| Error::io(Stage::Config, address.to_string(), "listen for other hosts", error))
 }
 
-/// Serves what `config` says until `stop` is ready. Fails at once when a certificate does not fit; the future that it gives does not fail.
+/// Serves what `config` says until `stop` is ready; with `share.tls` to clients of `certificates`.
 pub fn server<S: Future<Output = ()> + Send>(
     listener: TcpListener,
     engine: &Arc<Engine>,
     config: &Config,
+    certificates: Option<&Arc<Certificates>>,
     stop: S,
 ) -> Result<impl Future<Output = ()> + Send + use<S>> {
-    let tls = match &config.listen.tls {
-        Some(tls) if config.share.tls => Some(transport::acceptor(tls)?),
-        _ => None,
-    };
-    let door = transport::Door { allow: config.share.networks()?, tls, connections_max: config.share.max_connections };
+    let certificates = certificates.filter(|_| config.share.tls).map(Arc::clone);
+    let door = http::Door { allow: config.share.networks()?, certificates, connections_max: config.share.max_connections };
     let shared = Arc::new(Shared { engine: Arc::clone(engine), compressions: Semaphore::new(COMPRESSIONS_MAX) });
     let router = Router::new()
         .route("/v1/blobs/{digest}", get(blob))
         .route("/v1/goldens/{key}/manifest", get(golden_manifest))
         .route("/v1/goldens/{key}/chunks/{index}", get(golden_chunk))
         .with_state(shared);
-    Ok(transport::serve(listener, door, router, stop))
+    Ok(http::serve(listener, door, router, stop))
 }
 
 fn not_found(object: impl Into<String>) -> Error {
@@ -250,69 +252,5 @@ async fn pull_through(engine: &Arc<Engine>, digest: Digest) -> Result<()> {
         Ok(Ok(result)) => result,
         Ok(Err(error)) => Err(Error::internal(Stage::Fetch, digest.to_string(), "the transfer panicked").with_source(error)),
         Err(_) => Err(come_back()),
-    }
-}
-
-/// What of a file is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Whole,
-    Bytes { first: u64, last: u64 },
-    None,
-}
-
-/// A range of bytes (RFC 9110, 14.1.2). What is not understood, several ranges among it, is as if it were not there.
-fn parse_range(text: &str, len: u64) -> Part {
-    let Some((first, last)) = text.trim().strip_prefix("bytes=").and_then(|range| range.split_once('-')) else { return Part::Whole };
-    let number = |text: &str| if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse::<u64>().ok() } else { None };
-    match (first.trim(), last.trim()) {
-        ("", suffix) => match number(suffix) {
-            Some(0) => Part::None,
-            Some(_) if len == 0 => Part::None,
-            Some(count) => Part::Bytes { first: len.saturating_sub(count), last: len - 1 },
-            None => Part::Whole,
-        },
-        (first, last) => match (number(first), if last.is_empty() { Some(u64::MAX) } else { number(last) }) {
-            (Some(first), Some(last)) if first > last => Part::Whole,
-            (Some(first), Some(_)) if first >= len => Part::None,
-            (Some(first), Some(last)) => Part::Bytes { first, last: last.min(len - 1) },
-            _ => Part::Whole,
-        },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_are_those_of_the_rfc() {
-        let bytes = |first, last| Part::Bytes { first, last };
-        for (text, want) in [
-            ("bytes=0-", bytes(0, 99)),
-            ("bytes=10-19", bytes(10, 19)),
-            ("bytes=90-1000", bytes(90, 99)),
-            ("bytes=-10", bytes(90, 99)),
-            ("bytes=-1000", bytes(0, 99)),
-            ("bytes=100-", Part::None),
-            ("bytes=-0", Part::None),
-            ("bytes=5-4", Part::Whole),
-            ("bytes=0-1,3-4", Part::Whole),
-            ("bytes=+1-4", Part::Whole),
-            ("lines=0-1", Part::Whole),
-            ("", Part::Whole),
-        ] {
-            assert_eq!(parse_range(text, 100), want, "{text}");
-        }
-        assert_eq!((parse_range("bytes=0-", 0), parse_range("bytes=-5", 0)), (Part::None, Part::None));
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn a_part_is_always_within_the_file(text in "bytes=[0-9]{0,22}-[0-9]{0,22}", len in 0u64..1000) {
-            if let Part::Bytes { first, last } = parse_range(&text, len) {
-                proptest::prop_assert!(first <= last && last < len);
-            }
-        }
     }
 }

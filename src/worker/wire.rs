@@ -112,22 +112,6 @@ pub(super) struct WireError {
 #[error("{0}")]
 struct Told(String);
 
-const KINDS: [Kind; 13] = [
-    Kind::InvalidRequest,
-    Kind::NotFound,
-    Kind::AlreadyExists,
-    Kind::Conflict,
-    Kind::PermissionDenied,
-    Kind::Unsupported,
-    Kind::NoSpace,
-    Kind::Busy,
-    Kind::Corrupt,
-    Kind::Unavailable,
-    Kind::Timeout,
-    Kind::Cancelled,
-    Kind::Internal,
-];
-
 const STAGES: [Stage; 6] = [Stage::Manifest, Stage::Resolve, Stage::Fetch, Stage::Golden, Stage::Edit, Stage::Host];
 
 /// Reasons that come out of a build, beside those that follow from the kind. A test compares it with the sources.
@@ -191,7 +175,7 @@ impl From<&Error> for WireError {
 
 impl WireError {
     pub fn into_error(self) -> Error {
-        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
+        let kind = Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
         let stage = STAGES.into_iter().find(|stage| stage.name() == self.stage).unwrap_or(Stage::Golden);
         let mut error = Error::new(kind, stage, cut(&self.object), cut(&self.message));
         if !self.sources.is_empty() {

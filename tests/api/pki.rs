@@ -37,6 +37,25 @@ impl Authority {
         (params.signed_by(&key, &self.issuer).expect("a certificate").pem(), key.serialize_pem())
     }
 
+    /// A list of revoked serial numbers, PEM, that is good until the beginning of a year.
+    pub fn revoking(&self, serials: &[u64], until: i32) -> String {
+        let revoked = |serial: &u64| rcgen::RevokedCertParams {
+            serial_number: (*serial).into(),
+            revocation_time: rcgen::date_time_ymd(2024, 1, 1),
+            reason_code: Some(rcgen::RevocationReason::KeyCompromise),
+            invalidity_date: None,
+        };
+        let params = rcgen::CertificateRevocationListParams {
+            this_update: rcgen::date_time_ymd(2024, 1, 1),
+            next_update: rcgen::date_time_ymd(until, 1, 1),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).expect("a list").pem().expect("PEM")
+    }
+
     /// Writes a server's certificate and the authority to `dir`, and has the daemon listen with them at an address that was free a moment ago.
     pub fn serve(&self, config: &mut Config, dir: &Path) -> std::net::SocketAddr {
         self.write(dir);

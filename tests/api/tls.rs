@@ -133,25 +133,8 @@ async fn certificates_are_read_again_on_a_hangup_signal() {
 async fn ended_early_and_revoked_client_certificates_are_refused() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let authority = Authority::new();
-    let crl = |serials: &[u64], until: i32| {
-        let revoked = |serial: &u64| rcgen::RevokedCertParams {
-            serial_number: (*serial).into(),
-            revocation_time: rcgen::date_time_ymd(2024, 1, 1),
-            reason_code: Some(rcgen::RevocationReason::KeyCompromise),
-            invalidity_date: None,
-        };
-        let params = rcgen::CertificateRevocationListParams {
-            this_update: rcgen::date_time_ymd(2024, 1, 1),
-            next_update: rcgen::date_time_ymd(until, 1, 1),
-            crl_number: 1.into(),
-            issuing_distribution_point: None,
-            revoked_certs: serials.iter().map(revoked).collect(),
-            key_identifier_method: rcgen::KeyIdMethod::Sha256,
-        };
-        params.signed_by(&authority.issuer).expect("a list").pem().expect("PEM")
-    };
     let path = dir.path().join("crl.pem");
-    std::fs::write(&path, crl(&[], 2100)).expect("write");
+    std::fs::write(&path, authority.revoking(&[], 2100)).expect("write");
     let mut address = None;
     let daemon = Daemon::start_in(dir.path(), |config| {
         address = Some(authority.serve(config, dir.path()));
@@ -172,10 +155,10 @@ async fn ended_early_and_revoked_client_certificates_are_refused() {
     let for_servers = authority.issue_with("client", |params| params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth]);
     of(&for_servers).await.expect_err("a certificate for servers only");
 
-    std::fs::write(&path, crl(&[2], 2100)).expect("write");
+    std::fs::write(&path, authority.revoking(&[2], 2100)).expect("write");
     soon("the revoked client is refused", async || of(&bad).await.is_err()).await;
     of(&good).await.expect("the other is not");
-    std::fs::write(&path, crl(&[], 2025)).expect("write");
+    std::fs::write(&path, authority.revoking(&[], 2025)).expect("write");
     soon("a list whose time is over vouches for nobody", async || of(&good).await.is_err()).await;
     daemon.stop().await;
 }

@@ -13,13 +13,15 @@ use cloudletd::{
     names::Digest,
     proto,
 };
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
 };
 
-use crate::support::{self, Daemon, member};
+use crate::{
+    pki::free_port,
+    support::{self, Daemon, member},
+};
 
 /// Where the tarball is said to be; nobody is there.
 const URL: &str = "https://deb.example/small.tar";
@@ -47,11 +49,6 @@ pub fn tarball() -> Vec<u8> {
     let noise: Vec<u8> = (0..36u32 << 20).map(|index| (index.wrapping_mul(2_654_435_761) >> 13) as u8 ^ (index >> 20) as u8).collect();
     member(&mut tar, "usr/bin/program", tar::EntryType::Regular, 0o755, &noise);
     tar.into_inner().expect("a tarball")
-}
-
-/// A port that was free a moment ago.
-pub fn free_port() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("an address")
 }
 
 /// A daemon that has the tarball as a file behind a mirror rule, and shares.
@@ -185,27 +182,4 @@ async fn pass(mut stream: TcpStream, peer: SocketAddr, change: &Change, chunks: 
     }
     let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
     let _ = write.write_all(&[head.as_bytes(), &body].concat()).await;
-}
-
-/// Issues certificates.
-pub struct Authority {
-    pub pem: String,
-    issuer: Issuer<'static, KeyPair>,
-}
-
-impl Authority {
-    pub fn new() -> Authority {
-        let mut params = CertificateParams::new(Vec::<String>::new()).expect("parameters");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().expect("a key");
-        let pem = params.self_signed(&key).expect("a certificate").pem();
-        Authority { pem, issuer: Issuer::new(params, key) }
-    }
-
-    /// Certificate and key, PEM.
-    pub fn issue(&self, name: &str) -> (String, String) {
-        let key = KeyPair::generate().expect("a key");
-        let params = CertificateParams::new(vec![name.to_owned()]).expect("parameters");
-        (params.signed_by(&key, &self.issuer).expect("a certificate").pem(), key.serialize_pem())
-    }
 }

@@ -237,22 +237,6 @@ pub(super) struct WireError {
     hint: Option<String>,
 }
 
-const KINDS: [Kind; 13] = [
-    Kind::InvalidRequest,
-    Kind::NotFound,
-    Kind::AlreadyExists,
-    Kind::Conflict,
-    Kind::PermissionDenied,
-    Kind::Unsupported,
-    Kind::NoSpace,
-    Kind::Busy,
-    Kind::Corrupt,
-    Kind::Unavailable,
-    Kind::Timeout,
-    Kind::Cancelled,
-    Kind::Internal,
-];
-
 /// Reasons that come from a worker beside those that follow from the kind.
 const REASONS: [&str; 6] = ["TOOL_MISSING", "TOOL_FAILED", "TOOL_KILLED", "DEVICE_IN_USE", "GUEST_LINK_REFUSED", "XATTR_REFUSED"];
 
@@ -267,7 +251,7 @@ impl From<&Error> for WireError {
 
 impl WireError {
     pub fn into_error(self, stage: Stage) -> Error {
-        let kind = KINDS.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
+        let kind = Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
         let mut error = Error::new(kind, stage, self.object, self.message);
         if let Some(reason) = REASONS.into_iter().find(|reason| *reason == self.reason) {
             error = error.with_reason(reason);

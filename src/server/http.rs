@@ -1,14 +1,10 @@
-//! Connections of other hosts: bounded in number, by address or certificate, and in how long they may do nothing.
+//! Read-only HTTP for other hosts (`crate::share`, `crate::streams`): connections bounded in number, by address or certificate, and in how long they may do
+//! nothing; and ranges of bytes.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustls::{
-    RootCertStore, ServerConfig,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
-};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -18,11 +14,8 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
-use crate::{
-    config::Tls,
-    error::{Error, Kind, Result, Stage},
-    source::Network,
-};
+use super::tls::Certificates;
+use crate::source::Network;
 
 /// For a handshake, and for the head of a request; a connection that asks for nothing is closed after it too.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
@@ -34,16 +27,20 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(3);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Who may connect, and how.
-pub(super) struct Door {
+pub struct Door {
     /// Empty: every address.
     pub allow: Vec<Network>,
-    /// None: plain HTTP.
-    pub tls: Option<TlsAcceptor>,
+    /// Whose clients are let in. None: plain HTTP.
+    pub certificates: Option<Arc<Certificates>>,
     /// Connections at the same time.
     pub connections_max: usize,
 }
 
 impl Door {
+    fn acceptor(&self) -> Option<TlsAcceptor> {
+        self.certificates.as_ref().map(|certificates| certificates.http1_acceptor())
+    }
+
     fn admits(&self, from: &SocketAddr) -> bool {
         let address = from.ip().to_canonical();
         self.allow.is_empty() || self.allow.iter().any(|network| network.contains(address))
@@ -51,7 +48,7 @@ impl Door {
 }
 
 /// Serves `router` until `stop` is ready.
-pub(super) async fn serve(listener: TcpListener, door: Door, router: Router, stop: impl Future<Output = ()> + Send) {
+pub async fn serve(listener: TcpListener, door: Door, router: Router, stop: impl Future<Output = ()> + Send) {
     let connections = Arc::new(Semaphore::new(door.connections_max));
     let (stopping, _) = watch::channel(false);
     let mut tasks = JoinSet::new();
@@ -70,7 +67,7 @@ pub(super) async fn serve(listener: TcpListener, door: Door, router: Router, sto
         let Ok(permit) = permit else { break };
         match accepted {
             Ok((stream, from)) if door.admits(&from) => {
-                tasks.spawn(connection(stream, door.tls.clone(), router.clone(), permit, stopping.subscribe()));
+                tasks.spawn(connection(stream, door.acceptor(), router.clone(), permit, stopping.subscribe()));
             }
             Ok((_, from)) => tracing::debug!(%from, "an address that may not read from this host"),
             Err(error) => {
@@ -120,28 +117,75 @@ async fn stopped(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
-/// Mutual TLS with the certificates of `listen.tls`. Blocking. `Kind::InvalidRequest` when they do not fit.
-pub(super) fn acceptor(tls: &Tls) -> Result<TlsAcceptor> {
-    let wrong = |error: Box<dyn std::error::Error + Send + Sync>| {
-        Error::new(Kind::InvalidRequest, Stage::Config, "listen.tls", "the certificates do not fit").with_source(error)
-    };
-    let chain = |path| -> Result<Vec<CertificateDer<'static>>> {
-        let certificates = CertificateDer::pem_file_iter(path).map_err(|error| wrong(error.into()))?;
-        certificates.collect::<Result<_, _>>().map_err(|error| wrong(error.into()))
-    };
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut authorities = RootCertStore::empty();
-    for authority in chain(&tls.client_ca)? {
-        authorities.add(authority).map_err(|error| wrong(error.into()))?;
+/// What of a file is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// From the first to the last byte, both included.
+    Bytes {
+        /// The first.
+        first: u64,
+        /// The last.
+        last: u64,
+    },
+    /// Nothing that is there.
+    None,
+}
+
+/// The part of a file of `len` bytes that the header `Range` means (RFC 9110, 14.1.2). What is not understood, several ranges among it, is as if it were not there: all of it is a right answer.
+pub fn parse_range(text: &str, len: u64) -> Part {
+    let Some((first, last)) = text.trim().strip_prefix("bytes=").and_then(|range| range.split_once('-')) else { return Part::Whole };
+    let number = |text: &str| if text.bytes().all(|byte| byte.is_ascii_digit()) { text.parse::<u64>().ok() } else { None };
+    match (first.trim(), last.trim()) {
+        ("", suffix) => match number(suffix) {
+            Some(0) => Part::None,
+            Some(_) if len == 0 => Part::None,
+            Some(count) => Part::Bytes { first: len.saturating_sub(count), last: len - 1 },
+            None => Part::Whole,
+        },
+        (first, last) => match (number(first), if last.is_empty() { Some(u64::MAX) } else { number(last) }) {
+            (Some(first), Some(last)) if first > last => Part::Whole,
+            (Some(first), Some(_)) if first >= len => Part::None,
+            (Some(first), Some(last)) => Part::Bytes { first, last: last.min(len - 1) },
+            _ => Part::Whole,
+        },
     }
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), Arc::clone(&provider));
-    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(|error| wrong(error.into()))?;
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| wrong(error.into()))?
-        .with_client_cert_verifier(verifier.build().map_err(|error| wrong(error.into()))?)
-        .with_single_cert(chain(&tls.certificate)?, key)
-        .map_err(|error| wrong(error.into()))?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_those_of_the_rfc() {
+        let bytes = |first, last| Part::Bytes { first, last };
+        for (text, want) in [
+            ("bytes=0-", bytes(0, 99)),
+            ("bytes=10-19", bytes(10, 19)),
+            ("bytes=90-1000", bytes(90, 99)),
+            ("bytes=-10", bytes(90, 99)),
+            ("bytes=-1000", bytes(0, 99)),
+            ("bytes=100-", Part::None),
+            ("bytes=-0", Part::None),
+            ("bytes=5-4", Part::Whole),
+            ("bytes=0-1,3-4", Part::Whole),
+            ("bytes=+1-4", Part::Whole),
+            ("lines=0-1", Part::Whole),
+            ("bytes=x-", Part::Whole),
+            ("", Part::Whole),
+        ] {
+            assert_eq!(parse_range(text, 100), want, "{text}");
+        }
+        assert_eq!((parse_range("bytes=0-", 0), parse_range("bytes=-5", 0)), (Part::None, Part::None));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_part_is_always_within_the_file(text in "bytes=[0-9]{0,22}-[0-9]{0,22}", len in 0u64..1000) {
+            if let Part::Bytes { first, last } = parse_range(&text, len) {
+                proptest::prop_assert!(first <= last && last < len);
+            }
+        }
+    }
 }
