@@ -30,7 +30,8 @@ make_buf() {
 
 make_simplestreams() {
     command -v sstream-query >/dev/null && command -v sstream-mirror >/dev/null && return
-    [[ -e $tools/.simplestreams-$SIMPLESTREAMS ]] && return
+    # Its programs name their interpreter by an absolute path: a checkout that was moved has them made again.
+    [[ -e $tools/.simplestreams-$SIMPLESTREAMS ]] && "$tools/simplestreams/bin/sstream-query" --help >/dev/null 2>&1 && return
     echo "installing simplestreams"
     mkdir --parents "$tools"
     python3 -m venv --clear "$tools/simplestreams"
