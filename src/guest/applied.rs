@@ -8,10 +8,11 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    error::{Error, Result, Stage},
+    error::Result,
     fs::edit::Attrs,
     guest::{
         config::{Bond, Bridge, Cidr, InstanceConfig, Interface, LinkKind, Network, Route, Rule, Vlan},
+        json,
         plan::Plan,
     },
     units::Timestamp,
@@ -36,24 +37,8 @@ pub fn write_applied_config(
         fields.insert("machine_id".into(), machine_id.into());
         fields.insert("applied_at_secs".into(), now.secs.into());
     }
-    let text = serde_json::to_string_pretty(&document)
-        .map_err(|error| Error::internal(Stage::Inject, PATH, "encode the applied configuration").with_source(error))?;
     plan.make_dir("/.cloudlet", Attrs::root(0o755), "record of the applied configuration")?;
-    plan.write(PATH, escape_controls(&text) + "\n", 0o644, "record of the applied configuration")
-}
-
-/// JSON text with every control character in a string escaped. JSON itself asks for that only below U+0020; DEL and U+0080..=U+009F would stand
-/// there raw, and a terminal that shows the file takes U+009B for the start of a command. Outside of strings there are only newlines and spaces.
-fn escape_controls(json: &str) -> String {
-    let mut escaped = String::with_capacity(json.len());
-    for c in json.chars() {
-        if c.is_control() && c != '\n' {
-            escaped.push_str(&format!("\\u{:04x}", u32::from(c)));
-        } else {
-            escaped.push(c);
-        }
-    }
-    escaped
+    plan.write(PATH, json::escaped(&document), 0o644, "record of the applied configuration")
 }
 
 /// The configuration as a document without secrets; also fit for logs.
@@ -195,14 +180,5 @@ mod tests {
             got,
             json!({"title": "x", "pin": "[redacted]", "db": {"Password": "[redacted]", "host": "h"}, "list": [{"auth_token": "[redacted]"}]})
         );
-    }
-
-    #[test]
-    fn control_characters_that_json_leaves_raw_are_escaped() {
-        let document = json!({"a\u{85}b": ["x\u{9b}31m", "\u{7f}", "two\nlines"]});
-        let text = escape_controls(&serde_json::to_string_pretty(&document).expect("JSON"));
-        assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
-        assert!(text.contains("a\\u0085b") && text.contains("two\\nlines"), "{text:?}");
-        assert_eq!(serde_json::from_str::<Value>(&text).expect("still JSON"), document);
     }
 }

@@ -12,6 +12,7 @@ use crate::{
         config::InstanceConfig,
         facts::GuestFacts,
         identity::Identity,
+        json,
         network::cloud_init::{SEED, is_installed},
         plan::{Plan, Visibility},
     },
@@ -65,9 +66,8 @@ pub fn write_seed(plan: &mut Plan<'_>, facts: &GuestFacts, config: &InstanceConf
     plan.make_dir(SEED, Attrs::root(0o700), why)?;
     let empty: &[u8] = b"";
     let vendor = seed.vendor_data.as_ref().map_or(empty, |data| data.expose());
-    for (name, content) in
-        [("meta-data", Value::Object(meta).to_string().as_bytes()), ("user-data", seed.user_data.expose()), ("vendor-data", vendor)]
-    {
+    let meta = json::escaped(&Value::Object(meta));
+    for (name, content) in [("meta-data", meta.as_bytes()), ("user-data", seed.user_data.expose()), ("vendor-data", vendor)] {
         let path = format!("{SEED}/{name}");
         if plan.supersede(&path) {
             plan.notes.push(format!("{path} is the request's: the network back-end adds its network-config to that seed"));

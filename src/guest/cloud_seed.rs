@@ -18,6 +18,7 @@ use crate::{
     guest::{
         config::{Cidr, InstanceConfig, Interface, LinkKind, Network, Route, Secret},
         identity::Identity,
+        json,
         network::{
             is_link_local,
             netplan::{Reader, document},
@@ -96,7 +97,7 @@ fn user_data(spec: &SeedSpec) -> Vec<u8> {
 
 fn text(value: &Value) -> Vec<u8> {
     // JSON is YAML: no other writer is needed for cloud-init's documents.
-    format!("{value:#}\n").into_bytes()
+    json::escaped(value).into_bytes()
 }
 
 fn no_cloud(inputs: &Inputs<'_>) -> Result<BTreeMap<String, Vec<u8>>> {

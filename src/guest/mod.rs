@@ -41,6 +41,7 @@ pub mod from_image;
 pub mod fstab;
 pub mod hostname;
 pub mod identity;
+mod json;
 pub mod machine_id;
 pub mod network;
 pub mod plan;
