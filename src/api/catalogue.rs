@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    api::{Page, encode, images::Images},
+    api::{Page, authorise::Caller, encode, images::Images},
     config::streams::{SignaturePolicy, SyncMode},
     error::{Error, Kind, Result, Stage},
     images::NamedImage,
@@ -197,7 +197,9 @@ impl CatalogueService for Catalogue {
     }
 
     async fn sync_stream(&self, request: Request<proto::SyncStreamRequest>) -> Result<Response<proto::SyncStreamResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let name = request.into_inner().stream;
+        caller.note("stream", &name);
         // A caller that goes away does not leave half a synchronisation.
         let engine = Arc::clone(&self.0);
         let running = tokio::spawn(async move { engine.sync_stream(&name).await });
@@ -232,7 +234,11 @@ impl CatalogueService for Catalogue {
         &self,
         request: Request<proto::ImportStreamImageRequest>,
     ) -> Result<Response<proto::ImportStreamImageResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("stream", &request.stream);
+        caller.note("product", &request.product);
+        caller.note("version", &request.version);
         self.run(move |catalogue| {
             let id = catalogue.0.import_stream_image(&request.stream, &request.product, &request.version)?;
             Ok(proto::ImportStreamImageResponse { image: Some(catalogue.named(&id)?) })
@@ -261,7 +267,10 @@ impl CatalogueService for Catalogue {
     }
 
     async fn set_image_name(&self, request: Request<proto::SetImageNameRequest>) -> Result<Response<proto::SetImageNameResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("image", &request.image);
+        caller.note("version", format_args!("{}@{}", request.name, request.version));
         self.run(move |catalogue| {
             let id = catalogue.image_id(&request.image)?;
             let created = catalogue.0.name_image(&request.name, &request.version, &id, &request.channels, now_secs())?;
@@ -271,7 +280,9 @@ impl CatalogueService for Catalogue {
     }
 
     async fn remove_image_name(&self, request: Request<proto::RemoveImageNameRequest>) -> Result<Response<proto::RemoveImageNameResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("version", format_args!("{}@{}", request.name, request.version));
         self.run(move |catalogue| {
             if !catalogue.0.store.catalog.delete_version(&request.name, &request.version)? {
                 let what = format!("{}@{}", request.name, request.version);
@@ -283,13 +294,12 @@ impl CatalogueService for Catalogue {
     }
 
     async fn set_image_alias(&self, request: Request<proto::SetImageAliasRequest>) -> Result<Response<proto::SetImageAliasResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("alias", &request.alias);
+        caller.note("name", &request.name);
         self.run(move |catalogue| {
-            if request.name.is_empty() {
-                catalogue.0.store.catalog.delete_alias(&request.alias)?;
-            } else {
-                catalogue.0.alias_image(&request.alias, &request.name)?;
-            }
+            catalogue.0.alias_image(&request.alias, &request.name)?;
             Ok(proto::SetImageAliasResponse {})
         })
         .await
@@ -318,7 +328,9 @@ impl CatalogueService for Catalogue {
     }
 
     async fn label_image(&self, request: Request<proto::LabelImageRequest>) -> Result<Response<proto::LabelImageResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("image", &request.image);
         self.run(move |catalogue| {
             let id = catalogue.image_id(&request.image)?;
             catalogue.0.label_image(&id, &request.labels.into_iter().collect())?;
@@ -328,7 +340,9 @@ impl CatalogueService for Catalogue {
     }
 
     async fn deprecate_image(&self, request: Request<proto::DeprecateImageRequest>) -> Result<Response<proto::DeprecateImageResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("image", &request.image);
         self.run(move |catalogue| {
             let id = catalogue.image_id(&request.image)?;
             let deprecation = (!request.undo).then_some(Deprecation { since: now_secs(), reason: request.reason, replacement: request.replacement });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    api::encode,
+    api::{authorise::Caller, encode},
     error::{Error, Kind, Result, Stage},
     names::Digest,
     proto::{self, collect_garbage_request::Goal as WantedGoal, store_service_server::StoreService},
@@ -33,14 +33,20 @@ pub struct Stores(pub Arc<Engine>);
 #[tonic::async_trait]
 impl StoreService for Stores {
     async fn create_lease(&self, request: Request<proto::CreateLeaseRequest>) -> Result<Response<proto::CreateLeaseResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("holder", &request.owner);
         let engine = Arc::clone(&self.0);
         let lease = blocking(Stage::Store, move || create_lease(&engine, request)).await?;
+        caller.note("lease", &lease.id);
+        caller.note(lease.kind.name(), &lease.object);
         Ok(Response::new(proto::CreateLeaseResponse { lease: Some(encode_lease(lease)) }))
     }
 
     async fn release_lease(&self, request: Request<proto::ReleaseLeaseRequest>) -> Result<Response<proto::ReleaseLeaseResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let id = request.into_inner().lease_id;
+        caller.note("lease", &id);
         let engine = Arc::clone(&self.0);
         let released = blocking(Stage::Store, move || engine.store.catalog.release_lease(&id)).await?;
         Ok(Response::new(proto::ReleaseLeaseResponse { released }))
@@ -53,7 +59,9 @@ impl StoreService for Stores {
     }
 
     async fn collect_garbage(&self, request: Request<proto::CollectGarbageRequest>) -> Result<Response<proto::CollectGarbageResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        caller.note("dry_run", request.dry_run);
         let goal = match request.goal {
             None => Goal::Budget,
             Some(WantedGoal::UsedBytesMax(max)) => Goal::AtMost(max),
@@ -65,7 +73,9 @@ impl StoreService for Stores {
     }
 
     async fn reap_leftovers(&self, request: Request<proto::ReapLeftoversRequest>) -> Result<Response<proto::ReapLeftoversResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let proto::ReapLeftoversRequest { dry_run, volumes } = request.into_inner();
+        caller.note("dry_run", dry_run);
         let engine = Arc::clone(&self.0);
         let found = blocking(Stage::Store, move || engine.reap(Reap { dry_run, volumes })).await?;
         let encode = |left: Leftover| proto::Leftover {
@@ -96,9 +106,11 @@ impl StoreService for Stores {
     }
 
     async fn backup_catalog(&self, request: Request<proto::BackupCatalogRequest>) -> Result<Response<proto::BackupCatalogResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let keep = request.into_inner().keep as usize;
         let engine = Arc::clone(&self.0);
         let backup = blocking(Stage::Store, move || engine.store.back_up(keep)).await?;
+        caller.note("backup", backup.path.display());
         tracing::info!(path = %backup.path.display(), bytes = backup.size, "catalogue backed up");
         Ok(Response::new(proto::BackupCatalogResponse {
             path: backup.path.display().to_string(),

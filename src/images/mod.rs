@@ -223,11 +223,13 @@ impl Engine {
         Ok(created)
     }
 
-    /// Makes an alias of a name.
+    /// Makes an alias of a name; without a name the alias is taken away, if it was there.
     pub fn alias_image(&self, alias: &str, name: &str) -> Result<()> {
-        for (field, text) in [("alias", alias), ("name", name)] {
-            check_name(text).map_err(|why| Error::field(Stage::Request, field, why))?;
+        check_name(alias).map_err(|why| Error::field(Stage::Request, "alias", why))?;
+        if name.is_empty() {
+            return self.store.catalog.delete_alias(alias).map(|_| ());
         }
+        check_name(name).map_err(|why| Error::field(Stage::Request, "name", why))?;
         self.store.catalog.set_alias(alias, name)
     }
 

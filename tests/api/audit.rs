@@ -7,7 +7,7 @@ use cloudletd::{
     proto::{self, VolumeFormat},
     server,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use tonic::Code;
 use tonic_types::StatusExt;
 
@@ -88,6 +88,54 @@ async fn what_changes_something_and_what_is_denied_has_one_line_and_no_secret() 
     assert!(!text.contains("GetHostInfo") && !text.contains("ListVolumes"), "{text}");
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&log).expect("the log").permissions());
     assert_eq!(mode & 0o027, 0, "others can't read it: {mode:o}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_about_the_catalogue_and_the_store_name_what_they_are_about() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let log = dir.path().join("audit.jsonl");
+    let mut daemon = Daemon::start_in(dir.path(), |config| config.audit.file = Some(log.clone())).await;
+    let image = daemon.image().await;
+    let name = proto::SetImageNameRequest { image: image.clone(), name: "small/1".into(), version: "1".into(), channels: vec!["stable".into()] };
+    daemon.catalogue.set_image_name(name).await.expect("named");
+    daemon.catalogue.set_image_alias(proto::SetImageAliasRequest { alias: "tiny".into(), name: "small/1".into() }).await.expect("an alias");
+    let labels = [("tier".to_owned(), "web".to_owned())].into();
+    daemon.catalogue.label_image(proto::LabelImageRequest { image: "tiny".into(), labels }).await.expect("labelled");
+    let deprecate = proto::DeprecateImageRequest { image: image.clone(), reason: "old".into(), ..Default::default() };
+    daemon.catalogue.deprecate_image(deprecate).await.expect("deprecated");
+    daemon
+        .catalogue
+        .remove_image_name(proto::RemoveImageNameRequest { name: "small/1".into(), version: "1".into() })
+        .await
+        .expect_err("in a channel");
+    daemon.catalogue.sync_stream(proto::SyncStreamRequest { stream: "nowhere".into() }).await.expect_err("not configured");
+    let object = Some(proto::create_lease_request::Object::ImageId(image.clone()));
+    let lease = proto::CreateLeaseRequest { object, owner: "ci".into(), ..Default::default() };
+    let lease = daemon.stores.create_lease(lease).await.expect("a lease").into_inner().lease.expect("a lease").id;
+    daemon.stores.release_lease(proto::ReleaseLeaseRequest { lease_id: lease.clone() }).await.expect("released");
+    daemon.stores.collect_garbage(proto::CollectGarbageRequest { dry_run: true, ..Default::default() }).await.expect("looked");
+    let backup = daemon.stores.backup_catalog(proto::BackupCatalogRequest { keep: 1 }).await.expect("backed up").into_inner().path;
+
+    for (method, outcome, object) in [
+        ("/SetImageName", "OK", json!({"image": image, "version": "small/1@1"})),
+        ("/SetImageAlias", "OK", json!({"alias": "tiny", "name": "small/1"})),
+        ("/LabelImage", "OK", json!({"image": "tiny"})),
+        ("/DeprecateImage", "OK", json!({"image": image})),
+        ("/RemoveImageName", "FAILED_PRECONDITION", json!({"version": "small/1@1"})),
+        ("/SyncStream", "NOT_FOUND", json!({"stream": "nowhere"})),
+        ("/CreateLease", "OK", json!({"holder": "ci", "lease": lease, "image": image})),
+        ("/ReleaseLease", "OK", json!({"lease": lease})),
+        ("/CollectGarbage", "OK", json!({"dry_run": "true"})),
+        ("/BackupCatalog", "OK", json!({"backup": backup})),
+    ] {
+        let line = line_of(&log, "call", method).await;
+        assert_eq!((&line["outcome"], &line["object"]), (&outcome.into(), &object), "{line}");
+    }
+    for alias in ["", "?"] {
+        let request = proto::SetImageAliasRequest { alias: alias.into(), name: String::new() };
+        assert_eq!(daemon.catalogue.set_image_alias(request).await.expect_err("no alias").code(), Code::InvalidArgument, "{alias:?}");
+    }
+    daemon.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
