@@ -37,13 +37,15 @@ fixture_packages() {
         trixie-ifupdown) echo ifupdown ;;
         # On trixie nothing but systemd itself: networkd without resolved.
         trixie-networkd) echo "" ;;
+        trixie-networkmanager) echo network-manager ;;
+        trixie-netplan) echo netplan.io,systemd-resolved ;;
         e2fsprogs-*) echo e2fsprogs ;;
         *) return 1 ;;
     esac
 }
 # Releases whose e2fsck judges images: 1.46.2 and 1.47.2; the host's own is another.
 readonly FIXTURES=(bookworm-ifupdown bookworm-signed-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd
-    e2fsprogs-bullseye e2fsprogs-trixie)
+    trixie-networkmanager trixie-netplan e2fsprogs-bullseye e2fsprogs-trixie)
 # The cloud kernel has virtio, ext4, xfs and btrfs at a third of the size of the full one. openssh-server brings host keys
 # that every instance must lose.
 readonly BASE_PACKAGES=linux-image-cloud-amd64,iproute2,openssh-server,systemd-sysv,udev,dbus,kmod,netbase,ca-certificates

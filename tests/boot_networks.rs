@@ -50,6 +50,16 @@ fn networkd_of_trixie_brings_up_what_was_asked_for() {
     guest_comes_up("trixie-networkd");
 }
 
+#[test]
+fn netplan_of_trixie_brings_up_what_was_asked_for() {
+    guest_comes_up("trixie-netplan");
+}
+
+#[test]
+fn networkmanager_of_trixie_brings_up_what_was_asked_for() {
+    guest_comes_up("trixie-networkmanager");
+}
+
 /// A bond of both NICs, a VLAN on it and a bridge, as a version 2 document.
 fn stacked_guest_comes_up(fixture: &str) {
     let daemon = Daemon::start("");
