@@ -11,7 +11,7 @@ command -v c++ >/dev/null || { echo "fuzz.sh: a C++ compiler is needed, libFuzze
 readonly CARGO_FUZZ=0.13.2
 
 if [[ ! -e $tools/.cargo-fuzz-$CARGO_FUZZ ]]; then
-    cargo install --quiet --locked --root "$tools" --target-dir "$root/target/tools-build" cargo-fuzz --version "$CARGO_FUZZ"
+    cargo install --quiet --locked --force --root "$tools" --target-dir "$root/target/tools-build" cargo-fuzz --version "$CARGO_FUZZ"
     rm --recursive --force "$root/target/tools-build"
     touch "$tools/.cargo-fuzz-$CARGO_FUZZ"
 fi

@@ -14,7 +14,7 @@ make_grpcurl() {
     [[ -x $tools/bin/grpcurl && -e $tools/.grpcurl-$GRPCURL_RS ]] && return
     echo "building grpcurl"
     # Not optimised: it sends one request and ends, and builds in half the time.
-    CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_DEV_OPT_LEVEL=0 cargo install --quiet --locked --debug --root "$tools" \
+    CARGO_PROFILE_DEV_DEBUG=0 CARGO_PROFILE_DEV_OPT_LEVEL=0 cargo install --quiet --locked --force --debug --root "$tools" \
         --target-dir "$root/target/tools-build" grpcurl-rs --version "$GRPCURL_RS"
     rm --recursive --force "$root/target/tools-build"
     touch "$tools/.grpcurl-$GRPCURL_RS"
