@@ -10,7 +10,10 @@ use crate::{
     names::{PoolName, VolumeName},
     proto,
     render::{devices::ResolvedDevice, jobs::Snapshot},
-    store::records::{FailureRecord, GoldenRecord, RenderState, VolumeRecord},
+    store::{
+        catalog::owners::callers_key,
+        records::{FailureRecord, GoldenRecord, RenderState, VolumeRecord},
+    },
     target::{self, VolumeFormat},
 };
 
@@ -56,7 +59,7 @@ pub fn render(snapshot: Snapshot) -> proto::Render {
     let stage = reading.and_then(|reading| reading.stage).map_or(record.stage, |stage| stage.name().to_owned());
     proto::Render {
         id: record.id,
-        idempotency_key: record.key,
+        idempotency_key: callers_key(&record.key).to_owned(),
         image_id: record.image_id,
         instance: record.instance.unwrap_or_default(),
         volume: record.volume.map(|(pool, name)| proto::VolumeRef { pool, name }),

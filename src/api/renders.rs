@@ -16,7 +16,7 @@ use crate::{
         jobs::{Snapshot, no_render},
     },
     spec::{GoldenOptions, JobSpec, RenderSpec},
-    store::records::RenderState,
+    store::{catalog::owners::owned_key, records::RenderState},
 };
 
 /// Time between two messages of a watch.
@@ -85,7 +85,7 @@ impl RenderService for Renders {
         caller.note("key", &request.idempotency_key);
         let key = request.idempotency_key.parse().map_err(|why: String| Error::field(Stage::Request, "idempotency_key", why))?;
         let mut spec = request.spec;
-        self.name_image(&mut spec, Some(&request.idempotency_key))?;
+        self.name_image(&mut spec, Some(&owned_key(caller.owner(), &request.idempotency_key)))?;
         let spec = decode::render_spec(spec)?;
         caller.note("volume", format_args!("{}/{}", spec.pool, spec.volume));
         caller.note("image", &spec.image_id);

@@ -28,7 +28,11 @@ use crate::{
     },
     spec::{JobSpec, first_difference},
     store::{
-        catalog::{Admitted, journal::Intent},
+        catalog::{
+            Admitted,
+            journal::Intent,
+            owners::{callers_key, owned_key},
+        },
         records::{FailureRecord, RenderRecord, RenderState, VolumeKey},
     },
 };
@@ -82,7 +86,10 @@ impl Engine {
                 .with_reason("QUEUE_FULL")
                 .with_hint("try again later, or raise limits.queued_renders"));
         }
-        let record = new_record(&job);
+        let mut record = new_record(&job);
+        if let Some(claim) = &claim {
+            record.key = owned_key(&claim.owner, &record.key);
+        }
         // The same request as before gets its answer before anything is looked at that may have changed since.
         if let Some(existing) = self.existing(&record).await? {
             return Ok(existing);
@@ -150,7 +157,7 @@ impl Engine {
             Some(field) => Err(Error::new(
                 Kind::AlreadyExists,
                 Stage::Request,
-                existing.key.clone(),
+                callers_key(&existing.key),
                 format!("the idempotency key belongs to render {}, whose {field} differs", existing.id),
             )
             .with_reason("IDEMPOTENCY_KEY_REUSED")

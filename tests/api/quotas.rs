@@ -176,3 +176,33 @@ async fn calls_per_second_are_bounded_per_owner_and_the_answer_says_when_to_come
     client.hosts.get_host_info(proto::GetHostInfoRequest {}).await.expect("it was time");
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_owners_may_choose_the_same_idempotency_key() {
+    let authority = Authority::new();
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut address = None;
+    let mut daemon = Daemon::start_in(dir.path(), |config| {
+        address = Some(authority.serve(config, dir.path()));
+        config.access = vec![Access { name: Some("team".into()), ..entry("web*", CallerLimits::default()) }, entry("other", CallerLimits::default())];
+    })
+    .await;
+    let image = daemon.image().await;
+    let mut one = Client::connect(&authority, address.expect("set"), "web1").await;
+    let mut colleague = Client::connect(&authority, address.expect("set"), "web2").await;
+    let mut other = Client::connect(&authority, address.expect("set"), "other").await;
+
+    let first = one.start("deploy-1", spec(&image, "vm1", VolumeFormat::Qcow2Overlay)).await.expect("a free key");
+    let theirs = other.start("deploy-1", spec(&image, "vm2", VolumeFormat::Qcow2Overlay)).await.expect("free for them as well");
+    assert_ne!(first.id, theirs.id);
+    assert_eq!((first.idempotency_key.as_str(), theirs.idempotency_key.as_str()), ("deploy-1", "deploy-1"));
+    for render in [&first, &theirs] {
+        assert_eq!(daemon.wait(&render.id).await.state(), proto::RenderState::Succeeded);
+    }
+    let same = colleague.start("deploy-1", spec(&image, "vm1", VolumeFormat::Qcow2Overlay)).await.expect("a retry");
+    assert_eq!(same.id, first.id, "the key is the owner's, whoever of them asks");
+    let status = colleague.start("deploy-1", spec(&image, "vm3", VolumeFormat::Qcow2Overlay)).await.expect_err("another request");
+    assert_eq!(status.code(), Code::AlreadyExists);
+    assert!(!status.message().contains(char::is_control), "{:?}", status.message());
+    daemon.stop().await;
+}

@@ -24,6 +24,26 @@ CREATE TRIGGER render_loses_owner AFTER DELETE ON renders BEGIN
 END;
 ";
 
+/// The step of the schema that makes idempotency keys their owners' (see [`owned_key`]). Those of renders without an owner stay as they are.
+pub(super) const OWNED_KEYS: &str = "
+UPDATE renders SET key = (SELECT owner FROM render_owners WHERE render_owners.key = renders.key) || char(31) || key
+  WHERE key IN (SELECT key FROM render_owners);
+UPDATE render_owners SET key = owner || char(31) || key;
+";
+
+/// Ends the owner in the key of a render. Nothing that a caller may choose as a key contains it.
+const OWNER_END: char = '\u{1f}';
+
+/// An idempotency key as the catalogue has it: two callers who choose the same one do not meet.
+pub fn owned_key(owner: &str, key: &str) -> String {
+    format!("{owner}{OWNER_END}{key}")
+}
+
+/// The caller's part of an idempotency key.
+pub fn callers_key(key: &str) -> &str {
+    key.rsplit(OWNER_END).next().unwrap_or(key)
+}
+
 /// What an owner has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {

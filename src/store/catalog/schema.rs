@@ -6,7 +6,7 @@ use super::{failed, owners};
 use crate::error::{Error, Kind, Result, Stage};
 
 /// Version of the tables, kept in `user_version`: every step adds one.
-const SCHEMA_VERSION: i64 = 4;
+const SCHEMA_VERSION: i64 = 5;
 
 const SCHEMA: &str = "
 CREATE TABLE images (
@@ -65,6 +65,7 @@ pub(super) fn prepare(connection: &Connection, object: &str) -> Result<()> {
         1 => &[FROM_1, FROM_2, owners::TABLES],
         2 => &[FROM_2, owners::TABLES],
         3 => &[owners::TABLES],
+        4 => &[owners::OWNED_KEYS],
         SCHEMA_VERSION => return Ok(()),
         other => {
             let message = format!("the catalogue has schema version {other}, this cloudletd knows {SCHEMA_VERSION}");
@@ -106,6 +107,32 @@ mod tests {
         assert!(catalog.volumes_of_root("default", "web1").expect("reads").is_empty());
         drop(catalog);
         assert!(Catalog::open(&path).is_ok(), "and stays so");
+    }
+
+    #[test]
+    fn keys_become_their_owners() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("catalog.sqlite");
+        let old = Connection::open(&path).expect("opens");
+        old.execute_batch(&[SCHEMA, FROM_2, owners::TABLES].concat()).expect("tables");
+        for (id, key) in [("rnd-1", "deploy-1"), ("rnd-2", "deploy-2")] {
+            let sql = "INSERT INTO renders (id, key, spec, image_id, state, stage, created_ms) VALUES (?1,?2,'{}','img-1','succeeded','commit',0)";
+            old.execute(sql, [id, key]).expect("a row");
+        }
+        old.execute("INSERT INTO render_owners VALUES ('deploy-1','uid:0')", []).expect("a row");
+        old.pragma_update(None, "user_version", 4).expect("a version");
+        drop(old);
+        let catalog = Catalog::open(&path).expect("is brought up to date");
+        let id_of = |key: &str| catalog.render_by_key(key).expect("reads").map(|render| render.id);
+        assert_eq!(id_of(&owners::owned_key("uid:0", "deploy-1")).as_deref(), Some("rnd-1"));
+        assert_eq!(id_of("deploy-1"), None);
+        assert_eq!(id_of("deploy-2").as_deref(), Some("rnd-2"), "nobody's");
+        let owner: String = catalog
+            .read(|connection| {
+                connection.query_row("SELECT owner FROM render_owners JOIN renders USING (key)", [], |row| row.get(0)).map_err(failed("read"))
+            })
+            .expect("an owner");
+        assert_eq!(owner, "uid:0");
     }
 
     #[test]
