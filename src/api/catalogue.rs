@@ -18,6 +18,8 @@ use crate::{
 
 /// Bytes of a document of platforms in a request.
 const PLATFORMS_LEN_MAX: usize = 4 << 20;
+/// Answers of one Match: as many as fit into a message of some megabytes.
+const MATCHES_MAX: usize = 5_000;
 
 /// The service over the engine.
 pub struct Catalogue(pub Arc<Engine>);
@@ -81,6 +83,10 @@ impl Catalogue {
             }
             given => vec![given.to_owned()],
         };
+        if images.len().saturating_mul(platforms.len()) > MATCHES_MAX {
+            let what = format!("{} images on {} platforms are more than {MATCHES_MAX} answers", images.len(), platforms.len());
+            return Err(Error::field(Stage::Request, "platforms", what).with_hint("name the image, or the platforms"));
+        }
         let mut matches = Vec::new();
         for name in images {
             let image = self.0.image_to_match(&name)?;

@@ -104,7 +104,7 @@ impl Container {
 }
 
 /// A cloud that has an instance type.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cloud {
     /// Region, for those who have several.
     pub region: String,
@@ -113,7 +113,7 @@ pub struct Cloud {
 }
 
 /// An instance type.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Platform {
     /// Its name, e.g. `m1.small`.
     pub name: String,

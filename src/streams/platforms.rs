@@ -9,6 +9,8 @@
 //! Fields are inherited and aliased as in every products document, so that a cloud may differ in one of them. The newest version counts. The JSON Schema is
 //! `proto/platforms.schema.json`.
 
+use std::collections::HashMap;
+
 use serde_json::{Value, json};
 
 use super::{ItemRef, Limits, Products, date, document::invalid, publish::both};
@@ -21,6 +23,9 @@ use crate::{
 /// Datatype of such a document.
 pub const DATATYPE: &str = "platforms";
 
+/// Instance types in a document; the largest clouds have a thousand.
+pub const PLATFORMS_MAX: usize = 10_000;
+
 /// Reads the instance types of a document. `Kind::Corrupt` (`STREAM_INVALID`) naming what is wrong.
 pub fn parse(bytes: &[u8]) -> Result<Vec<Platform>> {
     let products = Products::parse(bytes, &Limits::default())?;
@@ -28,18 +33,22 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Platform>> {
         return Err(invalid(format!("has datatype {:?}, not {DATATYPE:?}", products.datatype)));
     }
     let mut platforms: Vec<Platform> = Vec::new();
+    let mut known: HashMap<Platform, usize> = HashMap::new();
     for (product, of_product) in &products.products {
         let Some(version) = of_product.versions.keys().next_back() else { continue };
         for item in products.items_of(product, version) {
             let platform = platform(&item)?;
             // A cloud that has the same thing adds itself; one that differs is a platform of its own.
-            match platforms
-                .iter_mut()
-                .find(|other| Platform { clouds: Vec::new(), ..(*other).clone() } == Platform { clouds: Vec::new(), ..platform.clone() })
-            {
-                Some(other) => other.clouds.extend(platform.clouds),
-                None => platforms.push(platform),
+            let without = Platform { clouds: Vec::new(), ..platform.clone() };
+            if let Some(index) = known.get(&without) {
+                platforms[*index].clouds.extend(platform.clouds);
+                continue;
             }
+            if platforms.len() >= PLATFORMS_MAX {
+                return Err(invalid(format!("has more than {PLATFORMS_MAX} instance types")));
+            }
+            known.insert(without, platforms.len());
+            platforms.push(platform);
         }
     }
     Ok(platforms)
@@ -119,10 +128,14 @@ pub fn document(content_id: &str, platforms: &[Platform], now: i64) -> Value {
             items.insert(name.to_owned(), json!({"region": cloud.region, "endpoint": cloud.endpoint}));
         }
         fields["versions"] = json!({date::day(now): {"items": items}});
-        // The same name on clouds that differ: the later ones have the region in their name.
+        // The same name on clouds that differ: the later ones have the region in their name, and a number where that is not enough.
         let mut name = platform.name.clone();
         if products.contains_key(&name) {
             name = format!("{name}@{}", platform.clouds.first().map(|cloud| cloud.region.as_str()).unwrap_or_default());
+        }
+        if products.contains_key(&name) {
+            let free = (2..).map(|number| format!("{name}.{number}")).find(|name| !products.contains_key(name));
+            name = free.expect("numbers do not end");
         }
         products.insert(name, fields);
     }
@@ -160,6 +173,23 @@ mod tests {
         // What is published says which containers fit, so that is given when it is read again.
         let without = |platforms: &[Platform]| platforms.iter().map(|platform| Platform { containers: None, ..platform.clone() }).collect::<Vec<_>>();
         assert_eq!(without(&again), without(&platforms));
+    }
+
+    #[test]
+    fn instance_types_of_one_name_all_stay_and_too_many_are_refused() {
+        let product = |items: Vec<(String, Value)>| {
+            let items: serde_json::Map<String, Value> = items.into_iter().collect();
+            let fields = json!({"hypervisor": "kvm", "arch": "amd64", "versions": {"1": {"items": items}}});
+            json!({"format": "products:1.0", "products": {"m1": fields}}).to_string()
+        };
+        let same = (1..=4).map(|cpus| (format!("i{cpus}"), json!({"cpus": cpus, "region": "here", "endpoint": "https://e"}))).collect();
+        let read = parse(product(same).as_bytes()).expect("four of one name");
+        assert_eq!(read.len(), 4);
+        let published = document("id", &read, 1);
+        assert_eq!(parse(published.to_string().as_bytes()).expect("ours").len(), 4, "{published}");
+        let many = |count: usize| product((0..count).map(|memory| (format!("i{memory}"), json!({"memory_mib": memory}))).collect());
+        assert_eq!(parse(many(PLATFORMS_MAX).as_bytes()).expect("as many as may be").len(), PLATFORMS_MAX);
+        assert!(parse(many(PLATFORMS_MAX + 1).as_bytes()).expect_err("one more").chain().contains("more than 10000"));
     }
 
     #[test]

@@ -335,8 +335,14 @@ async fn a_product_is_matched_with_platforms_before_it_is_an_image() {
     assert_eq!(daemon.catalogue.r#match(one).await.expect("an answer").into_inner().matches.len(), 1);
     let none = proto::MatchRequest { platforms: vec!["t2.nano".into()], ..request.clone() };
     assert_eq!(daemon.catalogue.r#match(none).await.expect_err("unknown").code(), Code::NotFound);
-    let wrong = proto::MatchRequest { platforms_json: "{}".into(), ..request };
+    let wrong = proto::MatchRequest { platforms_json: "{}".into(), ..request.clone() };
     assert_eq!(daemon.catalogue.r#match(wrong).await.expect_err("no document").code(), Code::InvalidArgument);
+    let items: serde_json::Map<String, serde_json::Value> =
+        (0..5001).map(|memory| (format!("i{memory}"), serde_json::json!({"memory_mib": memory}))).collect();
+    let fields = serde_json::json!({"hypervisor": "kvm", "arch": "amd64", "versions": {"1": {"items": items}}});
+    let platforms_json = serde_json::json!({"format": "products:1.0", "products": {"m1": fields}}).to_string();
+    let many = daemon.catalogue.r#match(proto::MatchRequest { platforms_json, ..request }).await.expect_err("more than a message holds");
+    assert!(many.code() == Code::InvalidArgument && many.message().contains("1 images on 5001 platforms"), "{many:?}");
     // The image that the product becomes: a root filesystem whose kernel somebody else has to bring.
     let request = proto::ImportStreamImageRequest { stream: "example".into(), product: PRODUCT.into(), version: String::new() };
     daemon.catalogue.import_stream_image(request).await.expect("imported");
