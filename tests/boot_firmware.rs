@@ -116,6 +116,32 @@ fn one_disk_of_bookworm_starts_by_bios_by_uefi_and_by_its_kernel() {
     one_disk_starts_everywhere("bookworm-ifupdown", "firmware-1");
 }
 
+/// GRUB reads the filesystem that the kernel wrote and the instance changed; so does the daemon, which takes the kernel out.
+#[track_caller]
+fn a_root_of_another_filesystem_starts(filesystem: &str) {
+    const FIXTURE: &str = "bookworm-ifupdown";
+    let instance = format!("other-{filesystem}");
+    let daemon = Daemon::start(PLATFORMS);
+    let mut manifest = bootable(FIXTURE);
+    manifest["filesystem"] = json!({"type": filesystem});
+    let image = image(&daemon, FIXTURE, &manifest);
+    let rendered = render(&daemon, &image, &instance, "RAW", &json!({"platforms": ["bios", "uefi", "direct"]}));
+    assert_eq!(rendered.root()["filesystem"]["type"], filesystem, "{:#}", rendered.root());
+    for start in [Start::Firmware(Firmware::Bios), Start::Full] {
+        starts_by(&daemon, FIXTURE, &rendered, &instance, start);
+    }
+}
+
+#[test]
+fn an_xfs_root_starts_by_bios_and_by_its_kernel() {
+    a_root_of_another_filesystem_starts("xfs");
+}
+
+#[test]
+fn a_btrfs_root_starts_by_bios_and_by_its_kernel() {
+    a_root_of_another_filesystem_starts("btrfs");
+}
+
 #[test]
 fn one_disk_of_trixie_starts_by_bios_by_uefi_and_by_its_kernel() {
     one_disk_starts_everywhere("trixie-ifupdown", "firmware-2");

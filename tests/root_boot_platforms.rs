@@ -185,6 +185,38 @@ fn a_bare_disk_for_xen_and_microvms_has_its_kernel_beside_it() {
     assert_eq!(found.args, format!("root=UUID={uuid} ro console=hvc0"));
 }
 
+/// What GRUB reads from a file of the first partition: the same sources as the modules in the core images.
+#[track_caller]
+fn read_by_grub(disk: &str, path: &str) -> Vec<u8> {
+    let output =
+        Command::new("grub-fstest").args([disk, "cat", &format!("(loop0,gpt1){path}")]).output().expect("grub-fstest (Debian package grub-common)");
+    assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+#[test]
+fn kernels_come_out_of_xfs_and_btrfs_and_grub_reads_them_there() {
+    let daemon = Daemon::start(PLATFORMS);
+    let scratch = tempfile::tempdir().expect("a directory");
+    for filesystem in ["xfs", "btrfs"] {
+        let image = image(&daemon, FIXTURE, &json!({"filesystem": {"type": filesystem}}));
+        let rendered = render(&daemon, &image, filesystem, "RAW", &json!({"platforms": ["kvm-bios", "kvm-uefi", "micro", "xen-pvh"]}));
+        assert_eq!((&rendered.root()["filesystem"]["type"], &rendered.root()["partitionTable"]), (&json!(filesystem), &json!("gpt")));
+        for platform in ["kvm-bios", "micro", "xen-pvh", "metal"] {
+            let machine = machine_on(&daemon, filesystem, platform).unwrap_or_else(|error| panic!("{filesystem} {platform}: {error}"));
+            judge_machine(platform, &machine, scratch.path());
+        }
+        let refused = machine_on(&daemon, filesystem, "xen-pv").expect_err("pygrub's reader is for ext4");
+        assert!(refused.contains("FS_PROFILE"), "{refused}");
+        let disk = disk_of(&rendered);
+        let menu = String::from_utf8(read_by_grub(disk, "/boot/grub/grub.cfg")).expect("text");
+        let uuid = rendered.root()["filesystem"]["uuid"].as_str().expect("a UUID");
+        let words: Vec<&str> = menu.lines().find(|line| line.starts_with("\tlinux ")).expect("a kernel").split_whitespace().collect();
+        assert_eq!(words[2], format!("root=UUID={uuid}"));
+        assert!(read_by_grub(disk, words[1]) == fs::read(fixture::get(FIXTURE).kernel).expect("readable"), "GRUB reads another kernel");
+    }
+}
+
 #[test]
 fn two_hosts_make_the_same_golden_disk_with_boot_loaders() {
     let digest = || {

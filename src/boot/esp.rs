@@ -17,8 +17,7 @@ use crate::{
     boot::{grub, loaders::HostLoaders},
     disk::fat::FatVolumeSpec,
     error::{Error, Kind, Result, Stage},
-    ext4::read::Image,
-    names::GuestPath,
+    fs::TreeReader,
     units::MIB,
 };
 
@@ -28,41 +27,6 @@ const PROGRAM_LEN_MAX: u64 = 8 * MIB;
 const UKI_LEN_MAX: u64 = 60 * MIB;
 /// Label of the partition's volume.
 const LABEL: &str = "ESP";
-
-/// Reads files of the image's tree.
-pub trait TreeReader {
-    /// The content of the file at `path`, symlinks inside the tree followed; nothing when there is no file. `Kind::NoSpace` when it has more than
-    /// `len_max` bytes.
-    fn read(&self, path: &str, len_max: u64) -> Result<Option<Vec<u8>>>;
-    /// Names in the directory at `path`, in order; none when there is no directory.
-    fn list(&self, path: &str) -> Result<Vec<String>>;
-}
-
-impl TreeReader for Image {
-    fn read(&self, path: &str, len_max: u64) -> Result<Option<Vec<u8>>> {
-        let Ok(path) = GuestPath::new(path) else { return Ok(None) };
-        match self.resolve(&path) {
-            Ok(Some(ino)) if self.stat(ino)?.is_file() => self.read_file(ino, len_max).map(Some),
-            Ok(_) => Ok(None),
-            // A loop of links in the image is no file.
-            Err(error) if error.kind() == Kind::Conflict => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn list(&self, path: &str) -> Result<Vec<String>> {
-        let Ok(path) = GuestPath::new(path) else { return Ok(Vec::new()) };
-        let ino = match self.resolve(&path) {
-            Ok(Some(ino)) if self.stat(ino)?.is_dir() => ino,
-            Ok(_) => return Ok(Vec::new()),
-            Err(error) if error.kind() == Kind::Conflict => return Ok(Vec::new()),
-            Err(error) => return Err(error),
-        };
-        let mut names: Vec<String> = self.read_dir(ino)?.into_iter().filter_map(|item| String::from_utf8(item.name).ok()).collect();
-        names.sort_unstable();
-        Ok(names)
-    }
-}
 
 /// Who provides the program that UEFI firmware starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,16 +68,14 @@ impl Esp {
 }
 
 /// Chooses what goes onto the partition; nothing when neither image nor host has anything. `has_kernel`: the image has a kernel that GRUB can start.
-pub fn choose(tree: Option<&dyn TreeReader>, loaders: &HostLoaders, has_kernel: bool) -> Result<Option<Esp>> {
-    if let Some(tree) = tree {
-        if has_kernel && let Some(esp) = signed(tree)? {
-            return Ok(Some(esp));
-        }
-        if !has_kernel {
-            return unified(tree);
-        }
+pub fn choose(tree: &dyn TreeReader, loaders: &HostLoaders, has_kernel: bool) -> Result<Option<Esp>> {
+    if !has_kernel {
+        return unified(tree);
     }
-    let host = loaders.efi.as_ref().filter(|_| has_kernel);
+    if let Some(esp) = signed(tree)? {
+        return Ok(Some(esp));
+    }
+    let host = loaders.efi.as_ref();
     Ok(host.map(|host| Esp {
         program: EfiProgram::HostGrub,
         files: BTreeMap::from([(format!("EFI/BOOT/BOOT{}.EFI", host.machine), host.image.clone())]),
@@ -242,7 +204,7 @@ mod tests {
 
     #[track_caller]
     fn chosen(files: &[(&'static str, &[u8])], has_kernel: bool) -> Option<(EfiProgram, Vec<String>)> {
-        let esp = choose(Some(&tree(files)), &host(), has_kernel).expect("chosen")?;
+        let esp = choose(&tree(files), &host(), has_kernel).expect("chosen")?;
         Some((esp.program, esp.files.into_keys().collect()))
     }
 
@@ -259,7 +221,7 @@ mod tests {
         assert_eq!(program, EfiProgram::ImageShim { vendor: "debian".into() });
         assert_eq!(paths, ["EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/grubx64.efi", "EFI/BOOT/mmx64.efi", "EFI/debian/grub.cfg"]);
         let red_hat: &[(&str, &[u8])] = &[("/boot/efi/EFI/fedora/shimx64.efi", b"MZ"), ("/boot/efi/EFI/fedora/grubx64.efi", b"MZ/EFI/fedora\0")];
-        let esp = choose(Some(&tree(red_hat)), &host(), true).expect("chosen").expect("an ESP");
+        let esp = choose(&tree(red_hat), &host(), true).expect("chosen").expect("an ESP");
         assert!(String::from_utf8_lossy(&esp.files["EFI/fedora/grub.cfg"]).contains("/boot/grub2"));
     }
 
@@ -273,7 +235,7 @@ mod tests {
         }
         let nameless: &[(&str, &[u8])] =
             &[("/usr/lib/shim/shimx64.efi.signed", b"MZ"), ("/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed", b"MZ/EFI/BOOT\0")];
-        let error = choose(Some(&tree(nameless)), &host(), true).expect_err("unknown");
+        let error = choose(&tree(nameless), &host(), true).expect_err("unknown");
         assert_eq!(error.reason(), "SIGNED_GRUB_UNKNOWN");
     }
 
@@ -291,6 +253,6 @@ mod tests {
     #[test]
     fn without_kernel_or_loader_there_is_nothing() {
         assert_eq!(chosen(&[], false), None);
-        assert_eq!(choose(None, &HostLoaders::default(), true).expect("chosen"), None);
+        assert_eq!(choose(&tree(&[]), &HostLoaders::default(), true).expect("chosen"), None);
     }
 }

@@ -25,8 +25,7 @@ use crate::{
         prepare::DiskBoot,
     },
     error::{Error, Kind, Result, Stage},
-    ext4::read::Image,
-    fs::{FsKind, Region},
+    fs::{Filesystem, Region},
     mapping::machine::DirectKernel,
     names::Digest,
     store::sync_dir,
@@ -37,7 +36,7 @@ const KERNEL: &str = "kernel";
 const INITRD: &str = "initrd";
 const STUDY: &str = "start.json";
 /// Changes whenever the same kernel would be answered differently; another one in the file means that it is made again.
-const STUDY_VERSION: u32 = 1;
+const STUDY_VERSION: u32 = 2;
 
 /// A file beside a golden's disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,15 +109,12 @@ pub fn find(dir: &Path, extent: Extent) -> Result<Option<Study>> {
 
 /// Inspects the first kernel of the filesystem in `root` and, for [`Extent::Files`], puts it with its initrd into `dir`; durable when this returns. Nothing
 /// to do for an image without a kernel. What the image has is never an error, what the host can't write is.
-pub fn study(dir: &Path, root: &Region, filesystem: FsKind, boot: &DiskBoot, extent: Extent) -> Result<Study> {
+pub fn study(dir: &Path, root: &Region, filesystem: &dyn Filesystem, boot: &DiskBoot, extent: Extent) -> Result<Study> {
     let mut study = Study { version: STUDY_VERSION, complete: extent == Extent::Files, ..Study::default() };
     match boot.kernels.first() {
         None => {}
-        Some(_) if filesystem != FsKind::Ext4 => {
-            study.notes.push(format!("the kernel is not inspected and not extracted: {} is not read here", filesystem.name()));
-        }
         Some(first) => {
-            let (inspection, files) = inspect::of_tree(&Image::open(root)?, first);
+            let (inspection, files) = inspect::of_tree(&*filesystem.tree(root)?, first);
             study.inspection = Some(inspection);
             match files {
                 Some(files) if extent == Extent::Files => study.extracted = Some(extract(dir, &files)?),
@@ -173,6 +169,7 @@ fn write_whole(dir: &Path, name: &str, bytes: &[u8], mode: u32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ext4::Ext4;
 
     fn files() -> KernelFiles {
         KernelFiles { kernel: vec![1; 9000], initrd: Some(vec![2; 10]) }
@@ -215,7 +212,7 @@ mod tests {
         fs::remove_file(dir.path().join(INITRD)).expect("remove");
         assert_eq!(find(dir.path(), Extent::Files).expect("nothing"), None);
         fs::remove_file(dir.path().join(STUDY)).expect("remove");
-        fs::write(dir.path().join(STUDY), b"{\"version\": 1").expect("write");
+        fs::write(dir.path().join(STUDY), b"{\"version\": 2").expect("write");
         assert_eq!(find(dir.path(), Extent::Facts).expect("nothing"), None);
     }
 
@@ -223,21 +220,11 @@ mod tests {
     fn facts_without_files_are_enough_for_those_who_want_no_files() {
         let dir = tempfile::tempdir().expect("directory");
         let region = Region { file: std::sync::Arc::new(tempfile::tempfile().expect("file")), offset: 0, len: 0 };
-        let facts = study(dir.path(), &region, FsKind::Ext4, &DiskBoot::default(), Extent::Facts).expect("an image without a kernel");
+        let facts = study(dir.path(), &region, &Ext4, &DiskBoot::default(), Extent::Facts).expect("an image without a kernel");
         assert_eq!(find(dir.path(), Extent::Facts).expect("found"), Some(facts));
         assert_eq!(find(dir.path(), Extent::Files).expect("not enough"), None);
-        study(dir.path(), &region, FsKind::Ext4, &DiskBoot::default(), Extent::Files).expect("again");
+        study(dir.path(), &region, &Ext4, &DiskBoot::default(), Extent::Files).expect("again");
         assert!(find(dir.path(), Extent::Files).expect("found").is_some_and(|study| study.extracted.is_none()));
-    }
-
-    #[test]
-    fn only_ext4_is_read_and_the_rest_is_said() {
-        let dir = tempfile::tempdir().expect("directory");
-        let region = Region { file: std::sync::Arc::new(tempfile::tempfile().expect("file")), offset: 0, len: 0 };
-        let kernel = crate::boot::kernels::Kernel { version: "1".into(), kernel: "/boot/vmlinuz-1".into(), initrd: None, kernel_len: 1 };
-        let boot = DiskBoot { kernels: vec![kernel], ..DiskBoot::default() };
-        let result = study(dir.path(), &region, FsKind::Xfs, &boot, Extent::Files).expect("a note");
-        assert!(result.notes[0].contains("xfs") && result.inspection.is_none());
     }
 
     #[test]

@@ -201,7 +201,7 @@ pub const DEFAULT_CONSOLES: [Console; 2] = [Console::Vga, Console::Serial];
 pub struct Preferences {
     /// A partition table when a firmware needs one, else none.
     pub layout: Option<Layout>,
-    /// ext4 where the host reads the filesystem: for its loader, or to take the kernel out.
+    /// ext4 where the host's loader reads the filesystem.
     pub filesystem: Option<FsKind>,
     /// The features that the host's loader reads.
     pub profile: Option<Profile>,
@@ -216,7 +216,7 @@ pub fn preferences(platforms: &[Platform]) -> Preferences {
             _ if any(&[Firmware::Bios, Firmware::Uefi]) => Some(Layout::Gpt),
             _ => Some(Layout::Bare),
         },
-        filesystem: any(&[Firmware::Loader, Firmware::Direct]).then_some(FsKind::Ext4),
+        filesystem: any(&[Firmware::Loader]).then_some(FsKind::Ext4),
         profile: any(&[Firmware::Loader]).then_some(Profile::Compat),
     }
 }
@@ -281,7 +281,7 @@ pub(crate) mod tests {
         let pvh = platform(Hypervisor::Xen, Mode::Pvh, Firmware::Direct, Bus::Xen);
         assert_eq!((preferences(&[]), consoles(&[])), (Preferences::default(), DEFAULT_CONSOLES.to_vec()));
         assert_eq!(preferences(std::slice::from_ref(&bios)), Preferences { layout: Some(Layout::Gpt), filesystem: None, profile: None });
-        let direct = Preferences { layout: Some(Layout::Bare), filesystem: Some(FsKind::Ext4), profile: None };
+        let direct = Preferences { layout: Some(Layout::Bare), filesystem: None, profile: None };
         assert_eq!((preferences(std::slice::from_ref(&pvh)), consoles(std::slice::from_ref(&pvh))), (direct, vec![Console::Hypervisor]));
         let all = [bios, pvh, pv];
         let everything = Preferences { layout: Some(Layout::Gpt), filesystem: Some(FsKind::Ext4), profile: Some(Profile::Compat) };

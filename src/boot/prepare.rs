@@ -6,14 +6,13 @@ use uuid::Uuid;
 use crate::{
     boot::{
         embed,
-        esp::{self, EfiProgram, TreeReader},
+        esp::{self, EfiProgram},
         kernels::{self, Kernel},
-        loaders::HostLoaders,
+        loaders::{HostLoaders, Reads},
     },
     disk::{DiskPlan, fat},
     error::Result,
-    ext4::read::Image,
-    fs::{FsKind, Region},
+    fs::{Filesystem, Region},
     guest::facts::GuestFacts,
     manifest::BootSpec,
 };
@@ -30,6 +29,9 @@ pub struct DiskBoot {
     /// Whether this host's GRUB, where it is on the disk, reads ext4 with `metadata_csum_seed`.
     #[serde(default)]
     pub reads_checksum_seed: Option<bool>,
+    /// Why this host's GRUB, where it is on the disk, does not read the root.
+    #[serde(default)]
+    pub unreadable: Option<String>,
     /// Why something is not there.
     pub notes: Vec<String>,
 }
@@ -39,7 +41,7 @@ pub struct DiskBoot {
 pub fn prepare(
     plan: &DiskPlan,
     disk: &Region,
-    filesystem: FsKind,
+    filesystem: &dyn Filesystem,
     facts: &GuestFacts,
     spec: &BootSpec,
     loaders: &HostLoaders,
@@ -59,18 +61,9 @@ pub fn prepare(
         Some(_) => boot.notes.push("BIOS: the image has no kernel in /boot".into()),
         None => boot.notes.push("BIOS: this host has no GRUB for it (Debian: grub-common, grub-pc-bin)".into()),
     }
-    let image = match filesystem {
-        FsKind::Ext4 => {
-            let root = plan.root();
-            Some(Image::open(&Region { file: std::sync::Arc::clone(&disk.file), offset: disk.offset + root.offset, len: root.len })?)
-        }
-        // Only a kernel reads these, and none is asked to.
-        FsKind::Xfs | FsKind::Btrfs => {
-            boot.notes.push(format!("UEFI: programs of the image are not looked for in {}", filesystem.name()));
-            None
-        }
-    };
-    match esp::choose(image.as_ref().map(|image| image as &dyn TreeReader), loaders, has_kernel)? {
+    let root = plan.root();
+    let tree = filesystem.tree(&Region { file: std::sync::Arc::clone(&disk.file), offset: disk.offset + root.offset, len: root.len })?;
+    match esp::choose(&*tree, loaders, has_kernel)? {
         Some(esp) => {
             boot.efi = Some(esp.program.clone());
             let extent = plan.esp().map_or(0, |extent| extent.len);
@@ -83,6 +76,11 @@ pub fn prepare(
     }
     if boot.bios || boot.efi == Some(EfiProgram::HostGrub) {
         boot.reads_checksum_seed = Some(loaders.reads_checksum_seed);
+        match &loaders.reads {
+            Reads::Yes => {}
+            Reads::No(why) => boot.unreadable = Some(why.clone()),
+            Reads::Unknown(why) => boot.notes.push(why.clone()),
+        }
     }
     Ok(boot)
 }

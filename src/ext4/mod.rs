@@ -20,8 +20,10 @@ pub mod profile;
 pub mod read;
 
 use crate::{
-    error::Result,
-    fs::{BuildParams, Filesystem, FsKind, Region, TreeBuilder, edit::EditRequest, patch::BlockPatch},
+    error::{Kind, Result},
+    ext4::read::Image,
+    fs::{BuildParams, Filesystem, FsKind, Region, TreeBuilder, TreeReader, edit::EditRequest, patch::BlockPatch},
+    names::GuestPath,
     progress::Progress,
 };
 
@@ -44,5 +46,34 @@ impl Filesystem for Ext4 {
 
     fn edit(&self, region: Region, request: &EditRequest, progress: &Progress) -> Result<BlockPatch> {
         edit::edit(&region, request, progress)
+    }
+    fn tree(&self, region: &Region) -> Result<Box<dyn TreeReader>> {
+        Ok(Box::new(Image::open(region)?))
+    }
+}
+
+impl TreeReader for Image {
+    fn read(&self, path: &str, len_max: u64) -> Result<Option<Vec<u8>>> {
+        let Ok(path) = GuestPath::new(path) else { return Ok(None) };
+        match self.resolve(&path) {
+            Ok(Some(ino)) if self.stat(ino)?.is_file() => self.read_file(ino, len_max).map(Some),
+            Ok(_) => Ok(None),
+            // A loop of links in the image is no file.
+            Err(error) if error.kind() == Kind::Conflict => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn list(&self, path: &str) -> Result<Vec<String>> {
+        let Ok(path) = GuestPath::new(path) else { return Ok(Vec::new()) };
+        let ino = match self.resolve(&path) {
+            Ok(Some(ino)) if self.stat(ino)?.is_dir() => ino,
+            Ok(_) => return Ok(Vec::new()),
+            Err(error) if error.kind() == Kind::Conflict => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut names: Vec<String> = self.read_dir(ino)?.into_iter().filter_map(|item| String::from_utf8(item.name).ok()).collect();
+        names.sort_unstable();
+        Ok(names)
     }
 }

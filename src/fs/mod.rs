@@ -143,6 +143,15 @@ pub trait TreeBuilder: TreeSink + Send {
     fn finish(self: Box<Self>) -> Result<BuiltFs>;
 }
 
+/// Reads files of a tree that a filesystem of ours holds.
+pub trait TreeReader {
+    /// The content of the file at `path`, symlinks inside the tree followed; nothing when there is no file. `Kind::NoSpace` when it has more than
+    /// `len_max` bytes.
+    fn read(&self, path: &str, len_max: u64) -> Result<Option<Vec<u8>>>;
+    /// Names in the directory at `path`, in order; none when there is no directory.
+    fn list(&self, path: &str) -> Result<Vec<String>>;
+}
+
 /// One kind of filesystem. Stateless.
 pub trait Filesystem: Send + Sync {
     /// Which one.
@@ -157,4 +166,7 @@ pub trait Filesystem: Send + Sync {
     /// Computes the changed blocks of the filesystem in `region`; block 0 of the patch is the region's first. Only reads.
     /// `Kind::Unsupported` names a feature it can't handle, `Kind::Corrupt` what is wrong with the image, `Kind::NoSpace` what ran out.
     fn edit(&self, region: Region, request: &EditRequest, progress: &Progress) -> Result<BlockPatch>;
+
+    /// Opens the filesystem in `region`, which a build has finished, for looking things up. Only reads.
+    fn tree(&self, region: &Region) -> Result<Box<dyn TreeReader>>;
 }

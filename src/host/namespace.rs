@@ -213,6 +213,12 @@ impl PrivateMount {
         Self::with_flags(source, target, kind, data, MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NOATIME)
     }
 
+    /// The same for reading only: nothing is written to `source`.
+    pub fn read_only(source: &Path, target: &Path, kind: &str, data: &str) -> Result<Self> {
+        let quiet = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NOATIME;
+        Self::with_flags(source, target, kind, data, quiet | MountFlags::RDONLY)
+    }
+
     /// Covers `/dev` with one that has only `device` (a block device) and `null`. Tools that look through all devices of the host, as btrfs-progs do
     /// for a second filesystem of the same UUID, then find this one only, and can't touch another by mistake.
     pub fn only_device(device: &Path) -> Result<Self> {

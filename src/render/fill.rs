@@ -98,10 +98,10 @@ pub fn fill(inputs: Inputs<'_>, filesystem: &dyn Filesystem, brake: Arc<dyn Brak
     let follower = Arc::new(Follower::new(spec.size_bytes));
     builder.observe(Arc::new(Observed { follower: Arc::clone(&follower), brake }));
     let facts = stream_tree(blob, blob_name, declared, spec, progress, &mut *builder)?;
-    let filesystem = builder.finish()?;
+    let built = builder.finish()?;
     let whole = Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes };
     plan.write_table(&whole)?;
-    let boot = prepare::prepare(&plan, &whole, spec.filesystem, &facts, &boot_spec(spec), loaders, ids.disk)?;
+    let boot = prepare::prepare(&plan, &whole, filesystem, &facts, &boot_spec(spec), loaders, ids.disk)?;
     follower.forget(0..root.offset);
     follower.forget(root.offset + root.len..spec.size_bytes);
     // The digest needs the bytes, not the disk: what of it is left is computed while the kernel writes them out.
@@ -112,7 +112,7 @@ pub fn fill(inputs: Inputs<'_>, filesystem: &dyn Filesystem, brake: Arc<dyn Brak
         flushed.map_err(|error| Error::io(Stage::Golden, disk_name, "flush the disk", error))?;
         Ok(digest)
     })?;
-    Ok(Filled { filesystem, digest, facts, boot })
+    Ok(Filled { filesystem: built, digest, facts, boot })
 }
 
 /// What the manifest said about the kernel, as far as it is part of the key.

@@ -342,7 +342,7 @@ fn loaders_of(spec: &GoldenSpec, scratch: &Path) -> Result<Arc<HostLoaders>> {
         let text = "the host's GRUB is not the one that this golden image was planned with";
         return Err(Error::new(Kind::Unavailable, Stage::Golden, spec.key().hex(), text).with_reason("HOST_LOADERS_CHANGED"));
     }
-    Ok(loaders)
+    loaders.reading(spec.filesystem, scratch)
 }
 
 fn encode(document: &impl serde::Serialize) -> Result<Vec<u8>> {

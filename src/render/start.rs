@@ -17,7 +17,12 @@ use crate::{
     error::{Error, Result, Stage},
     guest::facts::NodeKind,
     manifest::Manifest,
-    render::{Engine, blocking, golden::LoadedGolden, resolve::Resolved, volume::root_region},
+    render::{
+        Engine, blocking,
+        golden::{LoadedGolden, filesystem},
+        resolve::Resolved,
+        volume::root_region,
+    },
     store::records::GoldenSpec,
 };
 
@@ -133,7 +138,7 @@ impl Engine {
         let need = if extent == Extent::Files { kernel_size(golden) } else { 0 };
         let _promised = self.admission.promise_store(&self.store.tmp(), need, "the kernel of the golden image")?;
         let begun = std::time::Instant::now();
-        let study = extract::study(&dir, &root_region(golden)?, golden.record.spec.filesystem, &golden.boot, extent)?;
+        let study = extract::study(&dir, &root_region(golden)?, &*filesystem(golden.record.spec.filesystem), &golden.boot, extent)?;
         let (files, ms) = (study.extracted.is_some(), begun.elapsed().as_millis() as u64);
         tracing::info!(golden = %key.hex(), files, ms, "the golden's kernel was inspected");
         Ok(study)

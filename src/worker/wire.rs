@@ -57,7 +57,8 @@ pub(super) struct Job {
 
 impl Job {
     pub fn new(inputs: &Inputs<'_>, memory_bytes: u64, is_paced: bool, misdeed: Option<String>) -> Job {
-        let HostLoaders { bios, efi, reads_checksum_seed } = inputs.loaders;
+        // Of ext4, which alone is made here, nothing else is asked.
+        let HostLoaders { bios, efi, reads_checksum_seed, reads: _ } = inputs.loaders;
         let (boot, core) = bios.as_ref().map_or((0, 0), |bios| (bios.boot_image.len(), bios.core_image.len()));
         Job {
             spec: inputs.spec.clone(),
@@ -84,7 +85,7 @@ impl Job {
         let bios = (core > 0).then(|| BiosLoader { boot_image: boot_image.to_vec(), core_image: core_image.to_vec() });
         // The only machine whose loaders the host makes.
         let efi = (efi > 0).then(|| EfiLoader { machine: "X64", image: rest.to_vec() });
-        Ok(HostLoaders { bios, efi, reads_checksum_seed: self.reads_checksum_seed })
+        Ok(HostLoaders { bios, efi, reads_checksum_seed: self.reads_checksum_seed, ..HostLoaders::default() })
     }
 }
 

@@ -261,6 +261,47 @@ fn a_full_filesystem_and_a_short_reader_are_errors() {
     assert_eq!(loops_of(&golden), [] as [PathBuf; 0]);
 }
 
+#[test]
+fn a_finished_tree_is_read_without_a_change_and_links_do_not_lead_out_of_it() {
+    let directory = tempfile::tempdir().expect("directory");
+    for kind in KINDS {
+        let (path, region) = disk(directory.path(), kind.name(), size_of(kind));
+        let large: Vec<u8> = (0..3_500_000u32).flat_map(u32::to_le_bytes).collect();
+        let link = |at: &str, target: &str| member(at, EntryKind::Symlink { target: target.into() }, meta(0o777, 0, 0, EPOCH, 0));
+        let members = [
+            tree::directory("/boot", meta(0o700, 0, 0, EPOCH, 0)),
+            file("/boot/vmlinuz-1", &large, meta(0o600, 0, 0, EPOCH, 0)),
+            file("/boot/empty", b"", meta(0, 5, 5, EPOCH, 0)),
+            link("/vmlinuz", "boot/vmlinuz-1"),
+            link("/boot/absolute", "/boot/empty"),
+            link("/boot/out", "../../../../../../etc/passwd"),
+            link("/boot/loop", "loop"),
+            member("/boot/fifo", EntryKind::Fifo, meta(0o600, 0, 0, EPOCH, 0)),
+            member("/boot/null", EntryKind::CharDevice { major: 1, minor: 3 }, meta(0o666, 0, 0, EPOCH, 0)),
+        ];
+        build(kind, &region, &members).expect("built");
+        let before = digest(&region.file);
+        // As a golden is kept, and as it is opened.
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o444)).expect("chmod");
+        let only_read = Region { file: Arc::new(File::open(&path).expect("open")), ..region.clone() };
+        let reader = engine(kind).tree(&only_read).expect("mounted for reading");
+        assert!(visible_mounts(&loops_of(&path)).is_empty(), "nobody else sees it");
+        for at in ["/boot/vmlinuz-1", "/vmlinuz"] {
+            assert!(reader.read(at, 1 << 30).expect("read").is_some_and(|bytes| bytes == large), "{} {at}", kind.name());
+        }
+        assert_eq!(reader.read("/vmlinuz", 1000).expect_err("too large").kind(), Kind::NoSpace);
+        assert_eq!(reader.read("/boot/absolute", 10).expect("read"), Some(Vec::new()), "after a refusal the conversation goes on");
+        for nothing in ["/boot/out", "/boot/loop", "/boot/fifo", "/boot/null", "/boot", "/boot/vmlinuz-1/x", "/nowhere/x"] {
+            assert_eq!(reader.read(nothing, 1 << 20).expect("no file"), None, "{} {nothing}", kind.name());
+        }
+        assert_eq!(reader.list("/boot").expect("listed"), ["absolute", "empty", "fifo", "loop", "null", "out", "vmlinuz-1"]);
+        assert!(reader.list("/vmlinuz").expect("none").is_empty() && reader.list("/nowhere").expect("none").is_empty());
+        drop(reader);
+        assert_eq!(digest(&region.file), before, "{}: reading changed it", kind.name());
+        assert!(loops_of(&path).is_empty(), "a loop device is left");
+    }
+}
+
 fn edit(at: &str, op: EditOp) -> Edit {
     Edit { path: path(at), op, why: "a test".into(), secret: false }
 }

@@ -331,6 +331,9 @@ fn check_filesystem(question: &Question<'_>, found: &mut Findings) {
         // An image's own GRUB is believed: distributions patch theirs.
         Firmware::Bios | Firmware::Uefi => {
             let Some(Built { boot, .. }) = question.built else { return };
+            if let Some(why) = boot.unreadable.as_ref().filter(|_| host_grub_starts(boot, platform)) {
+                found.refuse("FS_PROFILE", why, "render with ext4, or on a host whose GRUB is newer");
+            }
             if ext4 && *profile == Profile::Modern && boot.reads_checksum_seed == Some(false) && host_grub_starts(boot, platform) {
                 found.refuse(
                     "FS_PROFILE",
@@ -338,10 +341,6 @@ fn check_filesystem(question: &Question<'_>, found: &mut Findings) {
                     "render with the profile grub206, or on a host with GRUB 2.12",
                 );
             }
-        }
-        Firmware::Direct if !ext4 && question.built.is_some_and(|built| !built.boot.kernels.is_empty()) => {
-            let text = format!("the kernel can't be taken out of {}: only ext4 is read without a kernel's help", filesystem.name());
-            found.refuse("FS_PROFILE", text, "render with ext4, or on a platform that starts by BIOS or UEFI");
         }
         Firmware::Direct | Firmware::Loader => {}
     }

@@ -279,11 +279,23 @@ fn every_reason_is_given_at_once() {
 }
 
 #[test]
-fn a_kernel_is_taken_out_of_ext4_only() {
+fn a_kernel_is_taken_out_of_every_filesystem_and_grub_has_to_read_its_root() {
     let mut case = kvm(Firmware::Direct);
     case.filesystem = FsKind::Xfs;
+    case.drivers().insert("xfs".into(), Availability::RootOnly);
+    case.refused("DRIVER_MISSING");
     case.drivers().insert("xfs".into(), Availability::Builtin);
-    case.refused("FS_PROFILE");
+    case.starts();
+    case.boot.unreadable = Some("this host's GRUB does not read xfs".into());
+    case.starts();
+    case.layout = Layout::Gpt;
+    for firmware in [Firmware::Bios, Firmware::Uefi] {
+        case.platform.firmware = firmware;
+        case.refused("FS_PROFILE");
+    }
+    // The image's own is believed.
+    case.boot.efi = Some(EfiProgram::ImageShim { vendor: "debian".into() });
+    case.starts();
 }
 
 #[test]

@@ -17,10 +17,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    boot::{esp::TreeReader, kernels::Kernel},
-    units::MIB,
-};
+use crate::{boot::kernels::Kernel, fs::TreeReader, units::MIB};
 use initrd::InitrdFacts;
 use kernel::KernelFacts;
 

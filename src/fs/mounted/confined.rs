@@ -10,9 +10,12 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, lgetxattr, llistxattr,
-    lremovexattr, lsetxattr, mkdirat, openat2, statat, unlinkat, utimensat,
+use rustix::{
+    fs::{
+        AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, lgetxattr,
+        llistxattr, lremovexattr, lsetxattr, mkdirat, openat2, statat, unlinkat, utimensat,
+    },
+    io::Errno,
 };
 
 use crate::{
@@ -48,6 +51,18 @@ fn confined() -> ResolveFlags {
 pub(super) fn open_directory(root: &OwnedFd, path: &GuestPath) -> rustix::io::Result<OwnedFd> {
     let relative = path.as_bytes().strip_prefix(b"/").filter(|rest| !rest.is_empty()).unwrap_or(b".");
     openat2(root, relative, OPEN_DIRECTORY, Mode::empty(), confined())
+}
+
+/// Opens what is at `path` for reading, through symlinks that stay in the tree. Nothing when there is nothing, or only a loop of links.
+pub(super) fn open_to_read(root: &OwnedFd, path: &GuestPath) -> rustix::io::Result<Option<OwnedFd>> {
+    let relative = path.as_bytes().strip_prefix(b"/").filter(|rest| !rest.is_empty()).unwrap_or(b".");
+    // Nobody waits for the other end of a FIFO, and no device is there to be opened (nodev).
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    match openat2(root, relative, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV) {
+        Ok(opened) => Ok(Some(opened)),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS | Errno::NXIO | Errno::NAMETOOLONG) => Ok(None),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Opens the directory called `name` in `directory`.

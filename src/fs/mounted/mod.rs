@@ -3,6 +3,7 @@
 //! ```text
 //!  daemon                                     mount worker (child, own mount namespace)
 //!  build   golden file ── stdin ────────────► loop device ─► mkfs ─► mount ◄─ entries over a socket
+//!  read    golden file ── stdin ────────────► loop device ─► mount, both read-only ─► files over a socket
 //!  edit    golden file ◄─ reads ─┐
 //!          changed blocks ◄ writes ┴ FUSE ◄── file ◄─ loop device ◄─ mount ◄─ edits over a socket
 //! ```
@@ -19,6 +20,7 @@ mod confined;
 mod edits;
 mod entries;
 mod overlay;
+mod reads;
 #[cfg(test)]
 mod tests;
 mod tools;
@@ -39,11 +41,11 @@ use fuser::{Config, Session, SessionACL};
 use self::{
     build::MountedBuilder,
     overlay::Overlay,
-    wire::{EditJob, Reply, Request, WireOp},
+    wire::{BuildJob, EditJob, Reply, Request, WireOp},
 };
 use crate::{
     error::{Error, Kind, Result, Stage},
-    fs::{BuildParams, Filesystem, FsKind, Region, TreeBuilder, edit::EditRequest, patch::BlockPatch},
+    fs::{BuildParams, Filesystem, FsKind, Profile, Region, TreeBuilder, TreeReader, edit::EditRequest, patch::BlockPatch},
     host::namespace::Worker,
     progress::Progress,
     units::{MIB, PATCH_BLOCK},
@@ -79,6 +81,14 @@ impl Mounted {
     #[must_use]
     pub fn with_patch_bytes_max(self, patch_bytes_max: u64) -> Self {
         Mounted { patch_bytes_max, ..self }
+    }
+
+    /// Makes an empty filesystem in the file `path`, which reads as zeros, with the features that a build gets: to ask other programs whether they read it.
+    pub fn sample(&self, path: &std::path::Path) -> Result<()> {
+        let len = std::fs::metadata(path).map_err(|error| Error::io(Stage::Host, path.display().to_string(), "look at a file", error))?.len();
+        let (profile, label) = (Profile::Modern, String::new());
+        let params = BuildParams { uuid: [1; 16], hash_seed: [2; 16], label, profile, epoch_secs: 1, bytes_per_inode: 16384 };
+        tools::make(&BuildJob::new(self.kind, 0, len, &params), path)
     }
 
     fn check_region(&self, stage: Stage, region: &Region) -> Result<()> {
@@ -138,6 +148,11 @@ impl Filesystem for Mounted {
             changed.map_err(|error| overlay.cause().unwrap_or(error))?;
         }
         Ok(overlay.into_patch())
+    }
+
+    fn tree(&self, region: &Region) -> Result<Box<dyn TreeReader>> {
+        self.check_region(Stage::Golden, region)?;
+        Ok(Box::new(reads::MountedTree::open(&self.program, self.kind, region)?))
     }
 }
 

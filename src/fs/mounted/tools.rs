@@ -56,6 +56,15 @@ pub(super) fn mount_options(kind: FsKind) -> &'static str {
     }
 }
 
+/// Options of a mount that only reads. A finished build was unmounted, so no log has anything to say.
+pub(super) fn read_options(kind: FsKind) -> &'static str {
+    match kind {
+        FsKind::Xfs => "nouuid,norecovery",
+        FsKind::Btrfs => "rescue=nologreplay",
+        FsKind::Ext4 => "noload",
+    }
+}
+
 /// New identity of a filesystem that is not mounted. XFS is done by `xfs_identity`: its own tool would rewrite the whole log.
 ///
 /// Before the mount: two copies of one golden may be edited at a time, and the kernel does not take two btrfs of one identity.

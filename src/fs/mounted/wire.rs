@@ -3,6 +3,7 @@
 //! ```text
 //! frame    length of document, u32 LE | length of data, u32 LE | document, JSON | data
 //! build    ► Build             ◄ Ok     ► Entry (► data…)   ◄ Ok | Failed   …   ► Finish  ◄ Built
+//! read     ► Read              ◄ Ok     ► Get | List        ◄ Content (◄ data…) | Nothing | Names | Failed   …   ► Finish  ◄ Ok
 //! edit     ► Edit              ◄ Ready (the FUSE file is mounted)   ► Op (► data)   ◄ Ok | Failed   …   ► Finish  ◄ Ok
 //! ```
 //!
@@ -33,6 +34,12 @@ pub(super) enum Request {
     Build(BuildJob),
     /// Change a filesystem through the FUSE connection on standard input.
     Edit(EditJob),
+    /// Look things up in the finished filesystem on standard input.
+    Read(ReadJob),
+    /// The content of a file, unless it has more bytes than `len_max`.
+    Get { path: Vec<u8>, len_max: u64 },
+    /// The names in a directory.
+    List { path: Vec<u8> },
     /// One member of the tree.
     Entry(WireEntry),
     /// One edit; contents are in the frame's data.
@@ -55,6 +62,15 @@ pub(super) enum Reply {
         /// See [`crate::fs::BuiltFs`].
         inodes: u64,
     },
+    /// A file of so many bytes, which follow.
+    Content {
+        /// Bytes.
+        len: u64,
+    },
+    /// There is no such file.
+    Nothing,
+    /// What is in a directory.
+    Names(Vec<String>),
     /// Not done.
     Failed(WireError),
 }
@@ -77,6 +93,13 @@ impl BuildJob {
         let BuildParams { uuid, hash_seed, label, profile, epoch_secs, bytes_per_inode } = params.clone();
         BuildJob { kind, offset, len, uuid, hash_seed, label, profile, epoch_secs, bytes_per_inode }
     }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ReadJob {
+    pub kind: FsKind,
+    pub offset: u64,
+    pub len: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -142,7 +165,7 @@ fn xattrs_in(xattrs: WireXattrs) -> Vec<Xattr> {
     xattrs.into_iter().map(|(name, value)| Xattr { name, value }).collect()
 }
 
-fn path_in(path: &[u8]) -> Result<GuestPath> {
+pub(super) fn path_in(path: &[u8]) -> Result<GuestPath> {
     GuestPath::new(path).map_err(|why| Error::internal(Stage::Host, "mount worker", why))
 }
 

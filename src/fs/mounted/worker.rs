@@ -21,8 +21,8 @@ use super::{
     confined::open_root,
     edits::Editor,
     entries::Filler,
-    tools,
-    wire::{self, BuildJob, DATA_BYTES_MAX, EditJob, Reply, Request, WireError},
+    reads, tools,
+    wire::{self, BuildJob, DATA_BYTES_MAX, EditJob, ReadJob, Reply, Request, WireError},
 };
 use crate::{
     error::{Error, Kind, Result, Stage},
@@ -51,7 +51,7 @@ struct Daemon {
     to: BufWriter<UnixStream>,
 }
 
-/// Serves one build or edit; call it before the process has a second thread. The exit status says whether the conversation came to its end.
+/// Serves one build, look or edit; call it before the process has a second thread. The exit status says whether the conversation came to its end.
 pub fn main() -> ExitCode {
     match serve() {
         Ok(true) => ExitCode::SUCCESS,
@@ -76,6 +76,7 @@ fn serve() -> Result<bool> {
     let input = io::stdin().as_fd().try_clone_to_owned().map_err(|error| protocol("take the file", error))?;
     let result = match daemon.request()? {
         Some((Request::Build(job), _)) => enter_private().and_then(|()| build(&mut daemon, &job, input)),
+        Some((Request::Read(job), _)) => enter_private().and_then(|()| read(&mut daemon, &job, input)),
         Some((Request::Edit(job), _)) => enter_private().and_then(|()| edit(&mut daemon, &job, input)),
         Some((other, _)) => Err(Error::internal(Stage::Host, SUBCOMMAND, format!("a conversation does not start with {other:?}"))),
         None => return Ok(false),
@@ -103,6 +104,21 @@ impl Daemon {
     fn reply(&mut self, reply: &Reply) -> Result<()> {
         let sent = wire::send(&mut self.to, Some(reply), &[]).and_then(|()| self.to.flush());
         sent.map_err(|error| protocol("reply", error))
+    }
+
+    /// A file's length and its bytes. One that can't be read to its end breaks the conversation: the daemon is waiting for the rest.
+    fn content(&mut self, mut file: &File, len: u64) -> Result<()> {
+        self.reply(&Reply::Content { len })?;
+        let mut chunk = vec![0; DATA_BYTES_MAX];
+        let mut left = len;
+        while left > 0 {
+            let count = usize::try_from(left).unwrap_or(usize::MAX).min(chunk.len());
+            file.read_exact(&mut chunk[..count]).map_err(|error| protocol("read a file of the tree", error))?;
+            let nothing: Option<&Reply> = None;
+            wire::send(&mut self.to, nothing, &chunk[..count]).map_err(|error| protocol("reply", error))?;
+            left -= count as u64;
+        }
+        self.to.flush().map_err(|error| protocol("reply", error))
     }
 
     fn outcome(&mut self, result: Result<()>) -> Result<()> {
@@ -193,6 +209,39 @@ fn build(daemon: &mut Daemon, job: &BuildJob, input: OwnedFd) -> Result<Option<R
     devices.unmount()?;
     scratch.unmount()?;
     Ok(Some(Reply::Built { used_bytes: job.len.saturating_sub(free), inodes }))
+}
+
+fn read(daemon: &mut Daemon, job: &ReadJob, input: OwnedFd) -> Result<Option<Reply>> {
+    let scratch = scratch()?;
+    let disk = File::from(input);
+    let options = Options { read_only: true, offset: job.offset, size_limit: job.len, ..Options::guarded() };
+    let device = LoopDevice::attach(&disk, Path::new("cloudletd-read"), &options)?;
+    let devices = PrivateMount::only_device(device.path())?;
+    let mount = PrivateMount::read_only(device.path(), Path::new(ROOT), job.kind.name(), tools::read_options(job.kind))?;
+    let root = open_root(mount.target()).map_err(|errno| protocol("open the root", errno.into()))?;
+    daemon.reply(&Reply::Ok)?;
+    loop {
+        match daemon.request()? {
+            Some((Request::Get { path, len_max }, _)) => match reads::open(&root, &path, len_max) {
+                Ok(Some((file, len))) => daemon.content(&file, len)?,
+                Ok(None) => daemon.reply(&Reply::Nothing)?,
+                Err(error) => daemon.reply(&Reply::Failed(WireError::from(&error)))?,
+            },
+            Some((Request::List { path }, _)) => match reads::names(&root, &path) {
+                Ok(names) => daemon.reply(&Reply::Names(names))?,
+                Err(error) => daemon.reply(&Reply::Failed(WireError::from(&error)))?,
+            },
+            Some((Request::Finish, _)) => break,
+            Some((other, _)) => return Err(Error::internal(Stage::Host, SUBCOMMAND, format!("{other:?} does not belong into a look"))),
+            None => return Ok(None),
+        }
+    }
+    drop(root);
+    mount.unmount()?;
+    device.close()?;
+    devices.unmount()?;
+    scratch.unmount()?;
+    Ok(Some(Reply::Ok))
 }
 
 fn edit(daemon: &mut Daemon, job: &EditJob, connection: OwnedFd) -> Result<Option<Reply>> {
