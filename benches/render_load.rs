@@ -171,7 +171,7 @@ async fn image(socket: &Path, tarball: &Path) -> Result<Value> {
     let name = tarball.file_name().unwrap_or_default().to_string_lossy().replace('.', "-");
     let manifest = json!({"name": name, "arch": "x86_64", "entry_points": {"kernel": {"os": "linux"}},
         "rootfs": {"url": format!("file://{}", std::path::absolute(tarball)?.display())}});
-    let request = proto::CreateImageRequest { manifest_json: manifest.to_string(), rootfs_digest: String::new(), rootfs_url: String::new() };
+    let request = proto::CreateImageRequest { manifest_json: manifest.to_string(), ..Default::default() };
     let image = ImageServiceClient::new(channel.clone()).create_image(request).await?.into_inner().image.ok_or("no image")?.id;
     let mut renders = RenderServiceClient::new(channel);
     prerender(&mut renders, &image).await?;

@@ -20,7 +20,7 @@ readonly TEST=(
     qemu-img:qemu-utils ssh-keygen:openssh-client dropbearkey:dropbear-bin visudo:sudo file:file
     matchpathcon:selinux-utils semodule:policycoreutils
     # Signatures.
-    gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent
+    gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent minisign:minisign
     # simplestreams' own tools (scripts/tools.sh).
     gpgv:gpgv /usr/share/doc/python3-venv:python3-venv
     # scripts/fuzz.sh: libFuzzer is C++.

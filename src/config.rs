@@ -8,6 +8,7 @@ mod kernels;
 mod listen;
 pub mod share;
 pub mod streams;
+pub mod trust;
 mod verify;
 pub mod worker;
 
@@ -84,6 +85,9 @@ pub struct Config {
     pub worker: worker::Worker,
     /// What other hosts may take from this one, and whom it takes from.
     pub share: share::Share,
+    /// Whose signatures are required, by source. Default: nobody's.
+    #[serde(rename = "trust")]
+    pub trust: Vec<trust::Trust>,
 }
 
 /// A platform (instance type) as it is configured.
@@ -300,6 +304,7 @@ impl Default for Config {
             publish: streams::Publish::default(),
             worker: worker::Worker::default(),
             share: share::Share::default(),
+            trust: Vec::new(),
         }
     }
 }
@@ -454,6 +459,7 @@ impl Config {
             }
         }
         self.worker.check()?;
+        trust::check(&self.trust)?;
         Ok(self)
     }
 
@@ -519,6 +525,17 @@ mod tests {
             ("[[stream]]\nname='a'\nurl='nowhere'\npolicy='unsigned'", "stream[0].url"),
             ("[[stream]]\nname='a'\nurl='https://a.example/'\npolicy='unsigned'\nfilters=['arch']", "stream[0].filters"),
             ("[publish]\nlisten='127.0.0.1:1'", "publish.directory"),
+            ("[[trust]]\nprefix='https://a/'\nrequire='signature'", "trust[0].require"),
+            ("[[trust]]\nprefix='https://a/'\nrequire='signature'\nopenpgp=['/a']\nminisign=['/b']\nsuffix='.s'", "trust[0].suffix"),
+            ("[[trust]]\nprefix='https://a/x%2fy/'\nrequire='nothing'", "trust[0].prefix"),
+            ("[[trust]]\nprefix='uploads:'\nrequire='nothing'", "trust[0].prefix"),
+            ("[[trust]]\nprefix='https://a/b/'\nrequire='nothing'\n[[trust]]\nprefix='https://A:443//%62/'\nrequire='nothing'", "trust[1].prefix"),
+            ("[[trust]]\nprefix='https://a/'\nrequire='nothing'\nopenpgp=['/a']", "trust[0].require"),
+            ("[[trust]]\nprefix='https://a'\nrequire='nothing'", "trust[0].prefix"),
+            ("[[trust]]\nprefix='*'\nrequire='nothing'\n[[trust]]\nprefix='*'\nrequire='nothing'", "trust[1].prefix"),
+            ("[[trust]]\nprefix='*'\nrequire='signature'\nopenpgp=['a']", "trust[0].openpgp"),
+            ("[[trust]]\nprefix='*'\nrequire='signature'\nopenpgp=['/a']\nsuffix='/../x'", "trust[0].suffix"),
+            ("[[trust]]\nprefix='*'", "require"),
             ("[[golden.prerender]]\nsize='1 GiB'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nimage='a'\nmanifest='/b'", "golden.prerender[0].image"),
             ("[[golden.prerender]]\nmanifest='b'", "golden.prerender[0].manifest"),

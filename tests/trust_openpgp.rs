@@ -246,3 +246,42 @@ fn the_real_archive_keys_of_the_host_can_be_read() {
     }
     assert!(read > 3, "{directory} holds debian-archive-keyring");
 }
+
+/// Damage that a hostile server can do to a file: each byte changed, cut off there, or doubled.
+fn damaged(bytes: &[u8]) -> impl Iterator<Item = Vec<u8>> + '_ {
+    (0..bytes.len()).flat_map(move |at| {
+        let changed = [0x00, 0x7f, 0xff, bytes[at] ^ 0x80, bytes[at].wrapping_add(1)].map(|value| {
+            let mut bytes = bytes.to_vec();
+            bytes[at] = value;
+            bytes
+        });
+        changed.into_iter().chain([bytes[..at].to_vec(), [&bytes[..at], &bytes[at / 2..]].concat()])
+    })
+}
+
+#[test]
+fn no_damage_to_a_signature_or_a_keyring_makes_the_reader_panic_or_accept() {
+    let gpg = Gpg::new();
+    gpg.make_key("key", "ed25519", "sign", "0");
+    let keys = keyring(&gpg, &["key"]);
+    let signature = gpg.sign("key", b"x", &[]);
+    for bytes in damaged(&signature) {
+        // Whatever it is now, it is never good over other bytes.
+        assert!(check(&bytes, &keys, b"y").is_err());
+    }
+    for bytes in damaged(&gpg.export(&["key"])) {
+        if let Ok(keys) = Keyring::parse(&bytes, "keyring") {
+            assert!(check(&signature, &keys, b"y").is_err());
+        }
+    }
+    for bytes in damaged(&gpg.sign("key", b"x", &["--armor"])).step_by(3) {
+        assert!(check(&bytes, &keys, b"y").is_err());
+    }
+    let document = gpg.clearsign("key", b"text\n", &[]);
+    for bytes in damaged(&document).step_by(3) {
+        if let Ok(signed) = clear(&bytes, &keys) {
+            // White space at the ends of lines and the armor's headers may change.
+            assert_eq!(signed.payload, b"text\n", "{}", String::from_utf8_lossy(&bytes));
+        }
+    }
+}

@@ -252,3 +252,12 @@ pub fn platform(config: &PlatformConfig) -> proto::Platform {
 pub fn mapping_json(mapping: &mapping::Mapping) -> Result<String> {
     serde_json::to_string_pretty(mapping).map_err(|error| Error::internal(Stage::Report, "mapping", "encode as JSON").with_source(error))
 }
+
+/// Who signed.
+pub fn signer(signer: crate::trust::Signer) -> proto::Signer {
+    let method = match signer.method {
+        crate::trust::Method::Openpgp => "openpgp",
+        crate::trust::Method::Minisign => "minisign",
+    };
+    proto::Signer { method: method.to_owned(), key: signer.key, made_at: signer.made.map(timestamp) }
+}

@@ -10,7 +10,7 @@ use crate::{
     manifest::Manifest,
     names::Digest,
     proto::{self, image_service_server::ImageService},
-    render::{Engine, UPLOADS_MAX, blocking, now_secs},
+    render::{Engine, UPLOADS_MAX, blocking, now_secs, vouch::ManifestOrigin},
     store::records::ImageRecord,
 };
 
@@ -48,6 +48,7 @@ impl Images {
             Some(digest) => self.0.store.has_blob(digest)?,
             None => false,
         };
+        let (signer, manifest_signer) = self.0.signers(&record)?;
         Ok(proto::Image {
             id: record.id,
             name: manifest.name().to_owned(),
@@ -62,8 +63,10 @@ impl Images {
                 size_bytes: record.rootfs_size.unwrap_or_default(),
                 media_type: record.media_type.unwrap_or_default(),
                 cached,
+                signed_by: signer.map(encode::signer),
             }),
             created_at: Some(encode::timestamp(record.created)),
+            manifest_signed_by: manifest_signer.map(encode::signer),
         })
     }
 
@@ -79,8 +82,10 @@ impl ImageService for Images {
         let request = request.into_inner();
         let images = Images(Arc::clone(&self.0));
         let response = blocking(Stage::Resolve, move || {
+            // Before the first parser.
+            let manifest = images.0.vouch_manifest(&request.manifest_json, ManifestOrigin::Call(&request.manifest_signature))?;
             check_source(&caller, &request)?;
-            let (record, created) = images.0.create_image(&request.manifest_json, &request.rootfs_digest, &request.rootfs_url)?;
+            let (record, created) = images.0.create_image(manifest, &request.rootfs_digest, &request.rootfs_url)?;
             caller.note("image", &record.id);
             tracing::info!(image = %record.id, created, "image catalogued");
             Ok(proto::CreateImageResponse { image: Some(images.encode(record)?), created })
@@ -128,7 +133,7 @@ impl ImageService for Images {
             if !complete {
                 return Err(Error::new(Kind::Cancelled, Stage::Fetch, "upload", "the sender went away before the end"));
             }
-            upload.finish(announced, now_secs())
+            upload.finish(announced, now_secs(), |path, digest| engine.vouch_upload(&header.signature, path, digest))
         }));
         // An empty chunk marks the end: a channel that closes without one means the caller went away.
         loop {
@@ -151,7 +156,14 @@ impl ImageService for Images {
         caller.note("rootfs", digest);
         tracing::info!(%digest, size, "root filesystem uploaded");
         Ok(Response::new(proto::UploadRootfsResponse {
-            rootfs: Some(proto::Rootfs { url: String::new(), digest: digest.to_string(), size_bytes: size, media_type: String::new(), cached: true }),
+            rootfs: Some(proto::Rootfs {
+                url: String::new(),
+                digest: digest.to_string(),
+                size_bytes: size,
+                media_type: String::new(),
+                cached: true,
+                signed_by: None,
+            }),
         }))
     }
 

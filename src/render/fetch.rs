@@ -10,6 +10,7 @@ use crate::{
     render::{Engine, blocking, now_secs, resolve::Resolved},
     source::{self, Authorities, Descriptor, Rules, SourceRules, UrlPolicy},
     store::records::{GoldenSpec, ImageRecord},
+    trust::Refusal,
 };
 
 /// A job whose tarball is in the store.
@@ -26,6 +27,11 @@ pub struct Fetched {
 impl Engine {
     /// Makes sure that the tarball is in the store. `begin` is called before work that takes long.
     pub async fn fetch(self: &Arc<Self>, resolved: Resolved, progress: &Progress, begin: impl Fn()) -> Result<Fetched> {
+        // That bytes are here, or at a peer, says nothing about who vouches for them.
+        if self.check_vouched(&resolved.image.record).await? {
+            begin();
+            self.download(&resolved.image.record, progress).await?;
+        }
         let here = match self.pulled(&resolved, progress, &begin).await? {
             Some(digest) => Some(digest),
             None => self.known_blob(&resolved).await?,
@@ -70,6 +76,9 @@ impl Engine {
     pub(crate) async fn download(self: &Arc<Self>, image: &ImageRecord, progress: &Progress) -> Result<Digest> {
         let Some(url) = image.rootfs_url.clone() else {
             let what = image.rootfs_digest.map(|digest| digest.to_string()).unwrap_or_default();
+            if self.check_vouched(image).await? {
+                return Err(Refusal::Missing.error(&what, "uploaded tarballs owe a signature").with_hint("upload it again, with its signature"));
+            }
             return Err(Error::new(Kind::NotFound, Stage::Fetch, what, "the uploaded root filesystem is no longer in the store")
                 .with_reason("ROOTFS_NOT_FOUND")
                 .with_hint("upload it again"));
@@ -79,15 +88,31 @@ impl Engine {
         let engine = Arc::clone(self);
         let id = image.id.clone();
         let image = blocking(Stage::Fetch, move || Ok(engine.image(&id)?.record)).await?;
-        if let Some(digest) = image.rootfs_digest {
-            let engine = Arc::clone(self);
-            if blocking(Stage::Fetch, move || engine.store.has_blob(&digest)).await? {
-                return Ok(digest);
+        let here = match image.rootfs_digest {
+            Some(digest) => {
+                let engine = Arc::clone(self);
+                blocking(Stage::Fetch, move || engine.store.has_blob(&digest)).await?.then_some(digest)
             }
+            None => None,
+        };
+        let is_owed = self.check_vouched(&image).await?;
+        if let Some(digest) = here.filter(|_| !is_owed) {
+            return Ok(digest);
         }
         let permit = self.fetch_permits.acquire().await;
         let _permit = permit.map_err(|error| Error::internal(Stage::Fetch, "", "the fetch permits are closed").with_source(error))?;
         progress.check()?;
+        // First what is small, and may end it.
+        let signature = if is_owed { self.fetch_signature(&url, progress).await? } else { None };
+        if let Some(digest) = here {
+            let engine = Arc::clone(self);
+            return blocking(Stage::Fetch, move || {
+                let _flight = flight;
+                engine.vouch(signature.as_deref(), &url, &engine.store.blob_path(&digest), &digest)?;
+                Ok(digest)
+            })
+            .await;
+        }
         let _promised = match image.rootfs_size {
             Some(size) => {
                 let promise = || self.admission.promise_store(&self.store.tmp(), size, "the root filesystem's tarball");
@@ -110,11 +135,18 @@ impl Engine {
         // The same URL and digest always use the same name, so that an interrupted transfer is resumed.
         let name = Digest::of(format!("{url}\n{:?}", image.rootfs_digest).as_bytes());
         let partial = self.store.tmp().join(format!("partial-{}", name.hex()));
-        let descriptor = Descriptor { url, digest: image.rootfs_digest, size: image.rootfs_size };
+        let descriptor = Descriptor { url: url.clone(), digest: image.rootfs_digest, size: image.rootfs_size };
         let fetched = self.fetcher.fetch(&descriptor, &partial, progress).await?;
         let engine = Arc::clone(self);
         blocking(Stage::Fetch, move || {
             let _flight = flight;
+            if let Err(error) = engine.vouch(signature.as_deref(), &url, &partial, &fetched.digest) {
+                // What nobody vouches for is not kept: the next attempt would go on with it.
+                return Err(match std::fs::remove_file(&partial) {
+                    Ok(()) => error,
+                    Err(failure) => error.with_cleanup_failure(Error::io(Stage::Fetch, partial.display().to_string(), "remove", failure)),
+                });
+            }
             engine.store.publish_blob(&partial, fetched.digest, fetched.size, now_secs())?;
             engine.mark_verified(fetched.digest);
             if image.rootfs_digest.is_none() || image.rootfs_size.is_none() {

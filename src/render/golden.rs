@@ -163,12 +163,13 @@ impl Engine {
         .await
     }
 
-    /// Whether the golden that these options mean is built already.
+    /// Whether the golden that these options mean is built already, and owes no signature.
     pub async fn is_built(self: &Arc<Self>, image_id: &str, options: &GoldenOptions) -> Result<bool> {
         let (engine, image_id, options) = (Arc::clone(self), image_id.to_owned(), options.clone());
         blocking(Stage::Resolve, move || {
             let image = engine.image(&image_id)?;
             match engine.golden_spec(&image, &options)?.complete() {
+                Some(_) if engine.owes_signature(&image.record)? => Ok(false),
                 Some(spec) => Ok(engine.store.catalog.golden(spec.key())?.is_some() && engine.store.golden_dir(&spec.key()).exists()),
                 None => Ok(false),
             }

@@ -4,6 +4,7 @@
 //! jobs      admit under an idempotency key, wait for permits, run, record the end
 //! resolve   spec → Resolved {image, manifest, args, pool, golden spec without the tarball's digest}
 //! fetch     Resolved → Fetched {blob on disk, golden spec complete}        async, single flight per URL
+//! vouch     whose signature a tarball or manifest owes, verified before anything reads it
 //! golden    Fetched → Golden {disk, facts}                                 blocking, one build per key
 //! fill      the part of it that reads foreign bytes                        in a confined process (worker)
 //! inject    Golden + instance → edits and report                           pure
@@ -43,6 +44,7 @@ pub mod resolve;
 mod start;
 pub mod verify;
 pub mod volume;
+pub mod vouch;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -59,7 +61,7 @@ use crate::{
     host::info::HostInfo,
     names::{Digest, PoolName},
     render::{admission::Admission, flight::Flights, golden::LoadedGolden, jobs::Job},
-    source::Fetcher,
+    source::{self, Fetcher},
     store::{
         Store,
         records::{RenderRecord, VolumeKey},
@@ -68,6 +70,7 @@ use crate::{
         Pool,
         pace::{self, Pacer},
     },
+    trust::{SIGNATURE_BYTES_MAX, policy::Policy},
     worker::Launcher,
 };
 
@@ -90,6 +93,10 @@ pub struct Engine {
     fetcher: Fetcher,
     /// Kernels of the configuration.
     kernels: SuppliedKernels,
+    /// For signatures: the same sources, little patience for large files.
+    signature_fetcher: Fetcher,
+    /// Whose signatures are required.
+    trust: Policy,
     host: Mutex<Option<(Instant, Arc<HostInfo>)>>,
     loaded: Mutex<Vec<Arc<LoadedGolden>>>,
     pub(crate) fetches: Flights<String>,
@@ -130,13 +137,20 @@ impl Engine {
         let pools = config.target_pools().into_iter().map(|pool| (pool.name.clone(), pool)).collect();
         let mut fetching = fetch::fetcher_config(&config);
         fetching.mirrors.extend(crate::streams::tree::mirrors(&config));
+        // A signature vouches for itself, so any mirror may give it.
+        let of_anybody = fetching.mirrors.iter().cloned().map(|mirror| source::Mirror { trusted: true, ..mirror }).collect();
+        let small = source::Config { size_max: SIGNATURE_BYTES_MAX as u64, mirrors: of_anybody, ..fetching.clone() };
+        let signature_fetcher = Fetcher::new(small)?;
         let fetcher = Fetcher::new(fetching)?;
+        let trust = Policy::new(&config.trust)?;
         let share = crate::share::State::new(&config.share)?;
         Ok(Arc::new(Engine {
             store,
             pools,
             fetcher,
             kernels: SuppliedKernels::new(config.kernels.iter().map(KernelConfig::source).collect()),
+            signature_fetcher,
+            trust,
             host: Mutex::new(None),
             loaded: Mutex::new(Vec::new()),
             fetches: Flights::default(),

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     config::Prerender,
     error::{Error, Kind, Result, Stage},
-    render::{Engine, blocking},
+    render::{Engine, blocking, vouch::ManifestOrigin},
     spec::{GoldenOptions, JobSpec},
     store::records::RenderState,
 };
@@ -87,7 +87,11 @@ async fn catalogue(engine: &Arc<Engine>, prerender: &Prerender) -> Result<String
         let path = prerender.manifest.unwrap_or_default();
         let text = std::fs::read_to_string(&path)
             .map_err(|error| Error::io(Stage::Manifest, path.display().to_string(), "read the manifest to be prepared", error))?;
-        let (record, _) = engine.create_image(&text, "", prerender.rootfs_url.as_deref().unwrap_or_default())?;
+        let (record, _) = engine.create_image(
+            engine.vouch_manifest(&text, ManifestOrigin::File(&path))?,
+            "",
+            prerender.rootfs_url.as_deref().unwrap_or_default(),
+        )?;
         Ok(record.id)
     })
     .await

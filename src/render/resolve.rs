@@ -20,6 +20,7 @@ use crate::{
         Engine, blocking,
         devices::{self, ResolvedDevice},
         golden, now_secs,
+        vouch::VouchedManifest,
     },
     spec::{GoldenOptions, JobSpec, RenderSpec},
     store::records::{GoldenBoot, GoldenSpec, ImageRecord, VolumeRecord},
@@ -115,7 +116,8 @@ impl Engine {
     }
 
     /// Catalogues a manifest; gives the row and whether it is new.
-    pub fn create_image(&self, manifest_json: &str, rootfs_digest: &str, rootfs_url: &str) -> Result<(ImageRecord, bool)> {
+    pub fn create_image(&self, manifest: VouchedManifest<'_>, rootfs_digest: &str, rootfs_url: &str) -> Result<(ImageRecord, bool)> {
+        let manifest_json = manifest.as_str();
         let manifest = Manifest::parse(manifest_json.as_bytes()).map_err(|error| error.under_field("manifest_json"))?;
         let given: Option<Digest> = match rootfs_digest {
             "" => None,

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -36,7 +36,7 @@ impl Store {
     }
 
     /// Moves a complete, flushed file from `tmp` to its place. Its bytes must have been hashed as they were written.
-    pub fn publish_blob(&self, from: &std::path::Path, digest: Digest, size: u64, now: i64) -> Result<()> {
+    pub fn publish_blob(&self, from: &Path, digest: Digest, size: u64, now: i64) -> Result<()> {
         let to = self.blob_path(&digest);
         let failed = |doing: &'static str| move |error| Error::io(Stage::Store, from.display().to_string(), doing, error);
         fs::set_permissions(from, fs::Permissions::from_mode(0o444)).map_err(failed("make the blob read-only"))?;
@@ -91,8 +91,8 @@ impl Upload<'_> {
         file.write_all(bytes).map_err(|error| Error::io(Stage::Fetch, self.path.display().to_string(), "write the upload", error))
     }
 
-    /// Checks size and digest, flushes, publishes. `Kind::Corrupt` when they differ from what was announced.
-    pub fn finish(mut self, announced_size: Option<u64>, now: i64) -> Result<(Digest, u64)> {
+    /// Checks size and digest, flushes, lets `vouch` look at the file, publishes. `Kind::Corrupt` when they differ from what was announced.
+    pub fn finish(mut self, announced_size: Option<u64>, now: i64, vouch: impl FnOnce(&Path, &Digest) -> Result<()>) -> Result<(Digest, u64)> {
         let size = self.size;
         if let Some(announced) = announced_size.filter(|announced| *announced != size) {
             return Err(Error::new(Kind::Corrupt, Stage::Fetch, "upload", format!("has {size} bytes, {announced} were announced"))
@@ -106,6 +106,7 @@ impl Upload<'_> {
         if let Some(file) = self.file.take() {
             file.sync_all().map_err(|error| Error::io(Stage::Fetch, self.path.display().to_string(), "flush the upload", error))?;
         }
+        vouch(&self.path, &digest)?;
         self.store.publish_blob(&self.path, digest, size, now)?;
         Ok((digest, size))
     }

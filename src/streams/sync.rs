@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     names::Digest,
     progress::Progress,
-    render::{Engine, blocking, now_secs},
+    render::{Engine, blocking, now_secs, vouch::ManifestOrigin},
     spec::{GoldenOptions, JobSpec},
     store::catalog::streams::StreamImage,
 };
@@ -209,7 +209,8 @@ impl Engine {
     /// Catalogues an offer with its names; gives the image's id.
     fn import_offer(&self, config: &StreamConfig, offer: &Offer<'_>) -> Result<String> {
         let (root, _) = root_of(&config.url)?;
-        let (record, created) = self.create_image(&offer.manifest(config.name.as_str(), &root)?, "", "")?;
+        let manifest = offer.manifest(config.name.as_str(), &root)?;
+        let (record, created) = self.create_image(self.vouch_manifest(&manifest, ManifestOrigin::Stream(config.name.as_str()))?, "", "")?;
         let now = now_secs();
         let stream = config.name.as_str();
         let image =

@@ -5,13 +5,18 @@
 //! there, is too weak, has expired or was revoked is no signature.
 //!
 //! ```text
-//!  bytes + signature + keys of the operator ──▶ openpgp   clear-signed documents and detached signatures, as gpg makes them
+//!  bytes + signature + keys of the operator ─┬▶ openpgp    clear-signed documents and detached signatures, as gpg makes them
+//!                                            └▶ minisign   Ed25519
+//!  URL ──▶ place ──▶ policy   which of them a tarball from there owes ([[trust]])
 //! ```
 //!
 //! Keys come from files that the operator named. They are the anchor: nothing here asks a key server, follows a web of trust or takes a key from what is
 //! to be verified. What is signed is parsed by nobody before the signature was found good.
 
+pub mod minisign;
 pub mod openpgp;
+pub mod place;
+pub mod policy;
 
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +36,9 @@ pub struct Signer {
     pub method: Method,
     /// The key that the operator named: for OpenPGP the fingerprint of the certificate (of the primary key), for minisign the key id; upper-case hexadecimal.
     pub key: String,
+    /// SHA-256 of that key with all that belongs to it (for OpenPGP its self-signatures, subkeys and revocations), hexadecimal: a certificate that was
+    /// revoked or given another expiry since does not vouch for what it signed before.
+    pub material: String,
     /// When the signature says that it was made, seconds since 1970; unknown for minisign signatures without a trusted timestamp.
     pub made: Option<i64>,
 }

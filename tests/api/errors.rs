@@ -74,7 +74,7 @@ async fn wrong_manifests_name_the_field() {
         (r#"{"name": "x", "entry_points": {"kernel": 5}}"#, "entry_points.kernel"),
         (r#"{"name": "x", "rootfs": {"digest": "sha256:../../etc"}}"#, "rootfs.digest"),
     ] {
-        let request = proto::CreateImageRequest { manifest_json: manifest.into(), rootfs_digest: digest.clone(), rootfs_url: String::new() };
+        let request = proto::CreateImageRequest { manifest_json: manifest.into(), rootfs_digest: digest.clone(), ..Default::default() };
         let status = daemon.images.create_image(request).await.expect_err(manifest);
         assert_eq!(status.code(), Code::InvalidArgument, "{manifest}: {}", status.message());
         assert!(status.message().contains(want), "{manifest}: {}", status.message());

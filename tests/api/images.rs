@@ -14,7 +14,7 @@ async fn a_manifest_of_2010_works_unchanged_and_the_same_one_is_the_same_image()
         "templates": ["/etc/motd"], "persistent": ["/var/lib/data"], "volatile": ["/tmp/(?!keep).*", "/var/run/.*"],
         "entry_points": {"kernel": {"os": "linux", "version": "2.6.32", "flavor": "generic"}, "chroot": {"command": "/bin/bash"}}
     }"#;
-    let request = proto::CreateImageRequest { manifest_json: manifest.into(), rootfs_digest: digest.clone(), rootfs_url: String::new() };
+    let request = proto::CreateImageRequest { manifest_json: manifest.into(), rootfs_digest: digest.clone(), ..Default::default() };
     let first = daemon.images.create_image(request.clone()).await.expect("created").into_inner();
     assert!(first.created);
     let image = first.image.expect("an image");
@@ -57,7 +57,7 @@ async fn uploads_with_other_bytes_than_announced_are_refused_and_leave_nothing()
     let bytes = tarball();
     let right = Digest::of(&bytes).to_string();
     let wrong = Digest::of(b"something else").to_string();
-    let header = |digest: &str, size| Some(proto::UploadHeader { digest: digest.into(), size_bytes: size });
+    let header = |digest: &str, size| Some(proto::UploadHeader { digest: digest.into(), size_bytes: size, ..Default::default() });
     let cases = [
         (messages(header(&wrong, 0), &bytes), tonic::Code::DataLoss),
         (messages(header(&right, 5), &bytes), tonic::Code::DataLoss),
@@ -80,8 +80,7 @@ async fn file_urls_work_below_configured_roots_only() {
     let mut daemon = Daemon::start().await;
     let path = daemon.dir.join("small.tar");
     std::fs::write(&path, tarball()).expect("write");
-    let create =
-        |url: String| proto::CreateImageRequest { manifest_json: r#"{"name": "small"}"#.into(), rootfs_url: url, rootfs_digest: String::new() };
+    let create = |url: String| proto::CreateImageRequest { manifest_json: r#"{"name": "small"}"#.into(), rootfs_url: url, ..Default::default() };
     let image =
         daemon.images.create_image(create(format!("file://{}", path.display()))).await.expect("created").into_inner().image.expect("an image");
     daemon.render("key", spec(&image.id, "web1", proto::VolumeFormat::Raw)).await;

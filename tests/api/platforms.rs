@@ -98,7 +98,7 @@ async fn daemon(kernels: &str) -> Daemon {
 async fn image_with_kernel(daemon: &mut Daemon, tarball: &[u8]) -> String {
     let digest = daemon.upload(tarball).await;
     let manifest = r#"{"name": "small", "arch": "x86_64", "entry_points": {"kernel": {"os": "linux"}}}"#;
-    let request = proto::CreateImageRequest { manifest_json: manifest.into(), rootfs_digest: digest, rootfs_url: String::new() };
+    let request = proto::CreateImageRequest { manifest_json: manifest.into(), rootfs_digest: digest, ..Default::default() };
     daemon.images.create_image(request).await.expect("created").into_inner().image.expect("an image").id
 }
 
@@ -257,7 +257,7 @@ async fn an_image_with_an_init_only_starts_with_the_providers_kernel() {
             r#"{{"name": "small", "arch": "x86_64", "entry_points": {{"init": {{"kernel": {init}}}}}, "boot": {{"cmdline": "init=/sbin/init"}}}}"#
         ),
         rootfs_digest: digest_of.clone(),
-        rootfs_url: String::new(),
+        ..Default::default()
     };
     let fits =
         daemon.images.create_image(image(r#"{"os": "linux", "version": "6"}"#)).await.expect("created").into_inner().image.expect("an image").id;

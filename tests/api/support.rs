@@ -99,14 +99,14 @@ impl Daemon {
         let mut manifest: serde_json::Value = serde_json::from_str(more).expect("JSON");
         manifest["name"] = "small".into();
         manifest["entry_points"] = serde_json::json!({"init": {}});
-        let request = proto::CreateImageRequest { manifest_json: manifest.to_string(), rootfs_digest: digest.into(), rootfs_url: String::new() };
+        let request = proto::CreateImageRequest { manifest_json: manifest.to_string(), rootfs_digest: digest.into(), ..Default::default() };
         self.images.create_image(request).await.expect("created").into_inner().image.expect("an image").id
     }
 
     /// Uploads bytes and returns their digest.
     pub async fn upload(&mut self, bytes: &[u8]) -> String {
         let digest = Digest::of(bytes).to_string();
-        let header = proto::UploadHeader { digest: digest.clone(), size_bytes: bytes.len() as u64 };
+        let header = proto::UploadHeader { digest: digest.clone(), size_bytes: bytes.len() as u64, ..Default::default() };
         let response = self.images.upload_rootfs(tokio_stream::iter(messages(Some(header), bytes))).await.expect("uploaded").into_inner();
         assert_eq!(response.rootfs.expect("described").digest, digest);
         digest

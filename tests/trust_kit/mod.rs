@@ -1,8 +1,9 @@
-//! Other people's signing tools, each with a home of its own: GnuPG.
+//! Other people's signing tools, each with a home of its own: GnuPG, minisign.
 #![allow(dead_code, reason = "every test crate compiles this module and uses a part of it")]
 
 use std::{
     io::Write,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -107,5 +108,49 @@ impl Gpg {
 impl Drop for Gpg {
     fn drop(&mut self) {
         let _ended = Command::new("gpgconf").arg("--homedir").arg(self.home.path()).args(["--kill", "all"]).status();
+    }
+}
+
+/// minisign with a key of its own.
+pub struct Minisign {
+    home: TempDir,
+}
+
+impl Minisign {
+    /// Makes the key, without a password.
+    #[track_caller]
+    pub fn new() -> Minisign {
+        let minisign = Minisign { home: tempfile::tempdir().expect("make a temporary directory") };
+        let secret = minisign.home.path().join("key.sec");
+        minisign.run(&["-G", "-W", "-p", minisign.public_key().to_str().expect("text"), "-s", secret.to_str().expect("text")]);
+        minisign
+    }
+
+    #[track_caller]
+    fn run(&self, arguments: &[&str]) {
+        let output = Command::new("minisign").args(arguments).stdin(Stdio::null()).output().expect("start minisign (Debian: minisign)");
+        assert!(output.status.success(), "minisign {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// The file of the public key.
+    pub fn public_key(&self) -> PathBuf {
+        self.home.path().join("key.pub")
+    }
+
+    /// Its id, as the file's comment has it.
+    #[track_caller]
+    pub fn key_id(&self) -> String {
+        let text = std::fs::read_to_string(self.public_key()).expect("read the public key");
+        let comment = text.lines().next().expect("a comment");
+        format!("{:0>16}", comment.rsplit(' ').next().expect("the id is its last word"))
+    }
+
+    /// Signs a file into `FILE.minisig`, and gives that.
+    #[track_caller]
+    pub fn sign(&self, file: &Path, options: &[&str]) -> Vec<u8> {
+        let secret = self.home.path().join("key.sec");
+        let path = file.to_str().expect("text");
+        self.run(&[options, &["-S", "-s", secret.to_str().expect("text"), "-m", path]].concat());
+        std::fs::read(format!("{path}.minisig")).expect("minisign wrote it")
     }
 }

@@ -30,6 +30,7 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     names::Digest,
     store::records::{FailureRecord, GoldenRecord, ImageRecord, RenderRecord, RenderState},
+    trust::Signer,
 };
 
 /// Writes that share one transaction at most, so that the first of them does not wait long.
@@ -156,6 +157,32 @@ impl Catalog {
         })
     }
 
+    /// Who vouches for the bytes with this digest, as they come from `url`.
+    pub fn signer(&self, digest: &Digest, url: &str) -> Result<Option<Signer>> {
+        let text: Option<String> = self.read(|connection| {
+            connection
+                .prepare_cached("SELECT signer FROM signers WHERE digest=?1 AND url=?2")
+                .and_then(|mut statement| statement.query_row([&digest.to_string(), url], |row| row.get(0)).optional())
+                .map_err(failed("read signer"))
+        })?;
+        let parse = |text: String| {
+            serde_json::from_str(&text)
+                .map_err(|error| Error::new(Kind::Corrupt, Stage::Store, "signers", "a row is not readable").with_source(error))
+        };
+        text.map(parse).transpose()
+    }
+
+    /// Notes who vouches for the bytes with this digest, as they come from `url`.
+    pub fn put_signer(&self, digest: &Digest, url: &str, signer: &Signer) -> Result<()> {
+        let (digest, url, signer) = (digest.to_string(), url.to_owned(), json(signer)?);
+        self.write(move |connection| {
+            connection
+                .execute("INSERT INTO signers VALUES (?1,?2,?3) ON CONFLICT (digest, url) DO UPDATE SET signer=?3", params![digest, url, signer])
+                .map_err(failed("note signer"))?;
+            Ok(())
+        })
+    }
+
     /// One image.
     pub fn image(&self, id: &str) -> Result<Option<ImageRecord>> {
         self.read(|connection| {
@@ -209,7 +236,11 @@ impl Catalog {
                 return Err(Error::new(Kind::Conflict, Stage::Store, id, format!("{owner} holds a lease on it")).with_reason("IMAGE_LEASED"));
             }
             names::forget(connection, &id)?;
-            connection.execute("DELETE FROM images WHERE id=?1", [&id]).map(|rows| rows > 0).map_err(failed("delete image"))
+            let deleted = connection.execute("DELETE FROM images WHERE id=?1", [&id]).map(|rows| rows > 0).map_err(failed("delete image"))?;
+            // Who signed tarballs of URLs that no image names any more.
+            let of_no_image = "DELETE FROM signers WHERE url LIKE '%://%' AND NOT EXISTS (SELECT 1 FROM images WHERE rootfs_url=signers.url)";
+            connection.execute(of_no_image, []).map_err(failed("forget signers"))?;
+            Ok(deleted)
         })
     }
 

@@ -15,6 +15,7 @@ use pgp::{
 };
 
 use super::super::{CLOCK_SKEW, Refusal};
+use crate::names::Digest;
 
 /// Serialised parameters of an RSA key of 2048 bits: two lengths of 2 bytes, a modulus of 256, an exponent of 1 at least.
 const RSA_2048_LEN: usize = 2 + 256 + 2 + 1;
@@ -25,6 +26,7 @@ type Judgement = Result<(), (Refusal, String)>;
 #[derive(Debug, Clone)]
 pub(super) struct Certificate {
     key: SignedPublicKey,
+    material: String,
 }
 
 /// A key of a certificate.
@@ -51,7 +53,14 @@ impl SigningKey<'_> {
 
 impl Certificate {
     pub fn new(key: SignedPublicKey) -> Self {
-        Certificate { key }
+        // What was read can be written; if not, the fingerprint is what there is.
+        let material = key.to_bytes().map_or_else(|_| format!("{:X}", key.primary_key.fingerprint()), |bytes| Digest::of(&bytes).hex());
+        Certificate { key, material }
+    }
+
+    /// SHA-256 of the whole certificate, hexadecimal.
+    pub fn material(&self) -> String {
+        self.material.clone()
     }
 
     pub fn fingerprint(&self) -> String {

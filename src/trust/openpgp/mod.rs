@@ -77,6 +77,11 @@ impl Keyring {
         self.certificates.iter().map(Certificate::fingerprint).collect()
     }
 
+    /// Each certificate's fingerprint, and a digest of all that belongs to it.
+    pub fn materials(&self) -> impl Iterator<Item = (String, String)> {
+        self.certificates.iter().map(|certificate| (certificate.fingerprint(), certificate.material()))
+    }
+
     /// The keyrings' certificates together.
     #[must_use]
     pub fn joined(mut self, other: Keyring) -> Keyring {
@@ -204,7 +209,14 @@ fn verify<'a>(
                 return Err(Error::io(Stage::Fetch, object, "read what is signed", error));
             }
             match verified {
-                Ok(()) => return Ok(Signer { method: Method::Openpgp, key: certificate.fingerprint(), made: created(signature) }),
+                Ok(()) => {
+                    return Ok(Signer {
+                        method: Method::Openpgp,
+                        key: certificate.fingerprint(),
+                        material: certificate.material(),
+                        made: created(signature),
+                    });
+                }
                 Err(error) => refusal = Some(Refusal::Invalid.error(object, "the signature does not fit the bytes").with_source(error)),
             }
         }
