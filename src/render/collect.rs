@@ -68,6 +68,7 @@ impl Engine {
         let now = now_secs();
         if !dry_run {
             self.store.catalog.drop_expired_leases(now)?;
+            self.store.catalog.use_was_not_after(now)?;
         }
         let min_age = min_age_secs.unwrap_or(self.config.gc.min_age_secs);
         let mut items = self.items(now, i64::try_from(min_age).unwrap_or(i64::MAX))?;
@@ -140,7 +141,10 @@ impl Engine {
             let lease = leases.iter().find(|lease| lease.kind == kind && lease.object == object)?;
             Some(Keep::Lease { owner: lease.owner.clone(), reason: lease.reason.clone() })
         };
-        let young = |used: i64| (now.saturating_sub(used) < min_age).then(|| Keep::Young(now.saturating_sub(used).max(0)));
+        let young = |used: i64| {
+            let age = now.saturating_sub(used).max(0);
+            (age < min_age).then_some(Keep::Young(age))
+        };
         let mut items = Vec::with_capacity(goldens.len() + blobs.len());
         for (golden, volumes) in goldens {
             let name = golden.key.hex();

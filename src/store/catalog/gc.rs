@@ -126,6 +126,16 @@ impl Catalog {
         })
     }
 
+    /// Corrects times of use that lie ahead, as a clock left them that was wrong: what has them would stay for years.
+    pub fn use_was_not_after(&self, now: i64) -> Result<()> {
+        self.write(move |connection| {
+            for table in ["goldens", "blobs"] {
+                connection.execute(&format!("UPDATE {table} SET last_used=?1 WHERE last_used>?1"), [now]).map_err(failed("correct times of use"))?;
+            }
+            Ok(())
+        })
+    }
+
     /// Notes that a blob was used.
     pub fn touch_blob(&self, digest: Digest, now: i64) -> Result<()> {
         self.write(move |connection| {
