@@ -95,9 +95,11 @@ impl Engine {
             return Ok(existing);
         }
         let resolved = self.resolve(job).await?;
-        let engine = Arc::clone(self);
+        let (engine, key) = (Arc::clone(self), record.key.clone());
         let (resolved, held, claim) = blocking(Stage::Resolve, move || {
             let (resolved, reservation) = Arc::clone(&engine).reserve(resolved)?;
+            // Nobody else works on these volumes now.
+            engine.settle_pending(&key)?;
             let hold = claim.as_ref().map(|claim| engine.claim(claim, &resolved)).transpose()?;
             Ok((resolved, (reservation, hold), claim))
         })

@@ -65,19 +65,38 @@ impl Engine {
 
     fn settle_renders(&self) -> Result<()> {
         for (id, entry, seed) in self.store.catalog.render_entries()? {
-            let render = self.store.catalog.render(&id)?;
-            let settled = match render {
-                Some(render) => self.settle(&render, entry, seed),
-                // A render's row is never removed; without one nothing of it counts.
-                None => self.take_back(&id, &entry).map(|()| Settled::TakenBack),
-            };
-            match settled {
-                Ok(Settled::Recorded) => tracing::warn!(render = %id, "an interrupted render had published all of its volumes and is recorded"),
-                Ok(Settled::TakenBack) => self.store.catalog.forget_render_entry(&id)?,
-                Err(error) => tracing::error!(render = %id, error = %error.chain(), "what an interrupted render left could not be put right yet"),
+            if let Err(error) = self.settle_entry(&id, entry, seed) {
+                tracing::error!(render = %id, error = %error.chain(), "what an interrupted render left could not be put right yet");
             }
         }
         Ok(())
+    }
+
+    /// Before the render of a key is started again: what it left the last time, and the start could not put right. Its volumes have to be reserved.
+    pub(super) fn settle_pending(&self, key: &str) -> Result<()> {
+        let Some(render) = self.store.catalog.render_by_key(key)?.filter(|render| render.state.is_final()) else { return Ok(()) };
+        for (id, entry, seed) in self.store.catalog.render_entries()?.into_iter().filter(|(id, ..)| *id == render.id) {
+            self.settle_entry(&id, entry, seed).map_err(|error| {
+                let message = format!("what this render left when it was interrupted can't be put right yet: {}", error.message());
+                Error::new(Kind::Unavailable, Stage::Target, error.object(), message).with_reason("RENDER_UNSETTLED")
+            })?;
+        }
+        Ok(())
+    }
+
+    fn settle_entry(&self, id: &str, entry: RenderEntry, seed: Option<Secret>) -> Result<()> {
+        let settled = match self.store.catalog.render(id)? {
+            Some(render) => self.settle(&render, entry, seed)?,
+            // A render's row is never removed; without one nothing of it counts.
+            None => self.take_back(id, &entry).map(|()| Settled::TakenBack)?,
+        };
+        match settled {
+            Settled::Recorded => {
+                tracing::warn!(render = %id, "an interrupted render had published all of its volumes and is recorded");
+                Ok(())
+            }
+            Settled::TakenBack => self.store.catalog.forget_render_entry(id),
+        }
     }
 
     fn settle(&self, render: &RenderRecord, entry: RenderEntry, seed: Option<Secret>) -> Result<Settled> {

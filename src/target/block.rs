@@ -325,12 +325,13 @@ fn clear_ends(claim: &Claim) -> Result<()> {
     claim.file().sync_all().map_err(failed)
 }
 
-/// The first `bytes` of a device of the pool, read without claiming it; none when there is no such device, or it is smaller.
+/// The first `bytes` of a device of the pool, read without claiming it; none when it is smaller. `NotFound` (`DEVICE_MISSING`) when there is no such device:
+/// what is on it is known when it is back.
 fn peek(pool: &Pool, name: &VolumeName, bytes: u64) -> Result<Option<Vec<u8>>> {
     let (directory, allow) = devices_of(pool)?;
     let path = block::device_path(directory, allow, name.as_str())?;
     match block::identify(&path) {
-        Err(error) if error.kind() == Kind::NotFound => return Ok(None),
+        Err(error) if error.kind() == Kind::NotFound => return Err(error.with_reason("DEVICE_MISSING")),
         Ok(identity) if identity.size_bytes < bytes || bytes > HEAD_BYTES => return Ok(None),
         other => other?,
     };

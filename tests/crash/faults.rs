@@ -13,6 +13,10 @@ use crate::{
 
 const EIO: u32 = libc::EIO as u32;
 const ENOSPC: u32 = libc::ENOSPC as u32;
+const ENXIO: u32 = libc::ENXIO as u32;
+const ENODEV: u32 = libc::ENODEV as u32;
+/// What fails, and how; 0 is a short write.
+const FAULTS: [(&str, u32); 4] = [("write", EIO), ("write", ENOSPC), ("write", 0), ("sync", EIO)];
 
 #[track_caller]
 fn tool(program: &str, arguments: &[&str]) {
@@ -108,17 +112,22 @@ fn a_pool_that_is_full_or_read_only_refuses_cleanly_and_works_afterwards() {
     }
 }
 
-/// Renders to `format` with the n-th write or flush below `prefix` failing, for each n until none fails any more.
-fn every_failure(prefix: &str, kind: Kind, step: usize) {
+/// tests/crash/faulty.c as a library.
+pub fn faulty() -> tempfile::NamedTempFile {
     let library = tempfile::Builder::new().prefix("cloudletd-faulty-").suffix(".so").tempfile().expect("a file");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/crash/faulty.c");
-    let library_path = library.path().to_str().expect("text");
-    tool("cc", &["-shared", "-fPIC", "-O1", "-o", library_path, source.to_str().expect("text"), "-ldl"]);
+    tool("cc", &["-shared", "-fPIC", "-O1", "-o", library.path().to_str().expect("text"), source.to_str().expect("text"), "-ldl"]);
+    library
+}
+
+/// Renders to `format` with the n-th write or flush below `prefix` failing, for each n until none fails any more.
+fn every_failure(prefix: &str, kind: Kind, step: usize, faults: &[(&str, u32)]) {
+    let library = faulty();
     let mut rig = Rig::with(|_| (), &[]);
     let prefix = if prefix == "device" { rig.device().to_owned() } else { rig.path(prefix) };
     let switch = rig.path("switch");
     rig.environment = vec![
-        ("LD_PRELOAD".into(), library_path.into()),
+        ("LD_PRELOAD".into(), library.path().to_str().expect("text").into()),
         ("FAULTY_PREFIX".into(), prefix.to_str().expect("text").into()),
         ("FAULTY_SWITCH".into(), switch.to_str().expect("text").into()),
     ];
@@ -129,7 +138,7 @@ fn every_failure(prefix: &str, kind: Kind, step: usize) {
     rounds::demand(&rig, &warm);
     rounds::demand(&rig, &rounds::delete(VolumeFormat::Qcow2Overlay));
     let mut failures = 0;
-    for (what, code) in [("write", EIO), ("write", ENOSPC), ("write", 0), ("sync", EIO)] {
+    for (what, code) in faults.iter().copied() {
         let mut nth = 1;
         loop {
             let context = format!("{} below {}: {what} {nth} fails with {code}", kind.name(), prefix.display());
@@ -165,21 +174,23 @@ fn every_failure(prefix: &str, kind: Kind, step: usize) {
 #[test]
 fn io_errors_full_disks_and_short_writes_of_pools_leave_nothing_and_are_over_when_repaired() {
     for format in [VolumeFormat::Qcow2Overlay, VolumeFormat::Qcow2, VolumeFormat::Raw, VolumeFormat::Loop] {
-        every_failure("pool", Kind::Render(format), 1);
+        every_failure("pool", Kind::Render(format), 1, &FAULTS);
     }
 }
 
 #[test]
-fn io_errors_and_short_writes_of_a_device_leave_it_blank_and_are_over_when_repaired() {
-    every_failure("device", Kind::Render(VolumeFormat::Block), 1);
+fn io_errors_short_writes_and_the_loss_of_a_device_leave_it_blank_and_are_over_when_repaired() {
+    // A device that is taken away while it is open answers ENXIO, or ENODEV.
+    let faults = [&FAULTS[..], &[("write", ENXIO), ("sync", ENODEV)]].concat();
+    every_failure("device", Kind::Render(VolumeFormat::Block), 1, &faults);
 }
 
 #[test]
 fn io_errors_full_disks_and_short_writes_of_fetch_and_build_leave_nothing_and_are_over_when_repaired() {
-    every_failure("state/tmp", Kind::Cold, 3);
+    every_failure("state/tmp", Kind::Cold, 3, &FAULTS);
 }
 
 #[test]
 fn io_errors_of_the_catalogue_lose_no_volume_and_are_over_when_repaired() {
-    every_failure("state/catalog.sqlite", Kind::Render(VolumeFormat::Qcow2), 1);
+    every_failure("state/catalog.sqlite", Kind::Render(VolumeFormat::Qcow2), 1, &FAULTS);
 }

@@ -3,6 +3,8 @@
  * once. Only while the switch file exists; its removal repairs the storage and starts the count again.
  *
  *   FAULTY_PREFIX=/path  FAULTY_SWITCH=/path/of/switch       the switch holds: write|sync  N  ERRNO     (ERRNO 0: the N-th write is short)
+ *
+ * And a wall clock that is wrong by as many seconds as the file says that FAULTY_CLOCK names.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,6 +15,7 @@
 #include <string.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -94,4 +97,18 @@ int fdatasync(int fd)
 {
     FAIL(fault(fd, "sync"));
     return NEXT(fdatasync)(fd);
+}
+
+int clock_gettime(clockid_t which, struct timespec *at)
+{
+    const char *path = getenv("FAULTY_CLOCK");
+    long seconds = 0;
+    FILE *file;
+    FAIL(NEXT(clock_gettime)(which, at) ? errno : -1);
+    if (which == CLOCK_REALTIME && path && (file = fopen(path, "re"))) {
+        if (fscanf(file, "%ld", &seconds) == 1)
+            at->tv_sec += seconds;
+        fclose(file);
+    }
+    return 0;
 }

@@ -8,6 +8,7 @@ mod faults;
 mod judge;
 mod rig;
 mod rounds;
+mod world;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
