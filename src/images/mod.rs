@@ -265,11 +265,12 @@ impl Engine {
     /// Why an image can't be deleted now; empty when it can.
     pub fn why_not_delete(&self, image_id: &str) -> Result<Vec<String>> {
         self.image(image_id)?;
-        let uses = self.store.catalog.uses_of_image(image_id)?;
+        let uses = self.store.catalog.uses_of_image(image_id, now_secs())?;
         let mut reasons: Vec<String> = uses
             .into_iter()
             .map(|of| match of.kind {
                 "channel" => format!("channel {} points at it", of.object),
+                "lease" => format!("lease {} holds it", of.object),
                 kind => format!("{kind} {} was made from it", of.object),
             })
             .collect();
@@ -302,7 +303,7 @@ impl Engine {
     /// An image with everything it is called.
     pub fn named_image(&self, record: ImageRecord) -> Result<NamedImage> {
         let catalog = &self.store.catalog;
-        let uses = catalog.uses_of_image(&record.id)?;
+        let uses = catalog.uses_of_image(&record.id, now_secs())?;
         Ok(NamedImage {
             versions: catalog.versions_of_image(&record.id)?,
             channels: uses.into_iter().filter(|of| of.kind == "channel").map(|of| of.object).collect(),

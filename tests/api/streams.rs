@@ -308,6 +308,14 @@ async fn names_are_pinned_or_follow_and_say_why_an_image_stays() {
     assert_eq!(status.code(), Code::FailedPrecondition);
     let request = proto::SetImageNameRequest { name: "app/web".into(), version: "2".into(), image: ids[1].clone(), channels: vec!["stable".into()] };
     daemon.catalogue.set_image_name(request).await.expect("moved");
+    let object = Some(proto::create_lease_request::Object::ImageId(ids[0].clone()));
+    let lease = proto::CreateLeaseRequest { object, owner: "audit".into(), ..Default::default() };
+    let lease = daemon.stores.create_lease(lease).await.expect("a lease").into_inner().lease.expect("a lease").id;
+    let check = proto::CheckDeleteImageRequest { image: "web@1".into() };
+    let reasons = daemon.catalogue.check_delete_image(check).await.expect("an answer").into_inner().reasons;
+    assert_eq!(reasons, [format!("lease {lease} of audit holds it")]);
+    daemon.images.delete_image(proto::DeleteImageRequest { image_id: ids[0].clone() }).await.expect_err("a lease");
+    daemon.stores.release_lease(proto::ReleaseLeaseRequest { lease_id: lease }).await.expect("released");
     daemon.images.delete_image(proto::DeleteImageRequest { image_id: ids[0].clone() }).await.expect("deleted");
     assert_eq!(resolve(&mut daemon, "app/web@1").await.expect_err("gone").code(), Code::NotFound);
     daemon.stop().await;

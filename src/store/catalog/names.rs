@@ -65,7 +65,7 @@ pub struct Deprecation {
 /// Something that keeps an image from being deleted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Use {
-    /// What kind: `volume`, `channel`.
+    /// What kind: `volume`, `channel`, `lease`.
     pub kind: &'static str,
     /// Which one.
     pub object: String,
@@ -284,8 +284,8 @@ impl Catalog {
         })
     }
 
-    /// What keeps an image from being deleted: its volumes, and the channels that point at it.
-    pub fn uses_of_image(&self, image_id: &str) -> Result<Vec<Use>> {
+    /// What keeps an image from being deleted at `now`: its volumes, the channels that point at it, and leases.
+    pub fn uses_of_image(&self, image_id: &str, now: i64) -> Result<Vec<Use>> {
         self.read(|connection| {
             let mut uses = all(
                 connection,
@@ -294,6 +294,12 @@ impl Catalog {
                 |row| Ok(Use { kind: "volume", object: row.get(0)? }),
             )?;
             uses.extend(channels_of_image(connection, image_id)?);
+            uses.extend(all(
+                connection,
+                "SELECT id || ' of ' || owner FROM leases WHERE kind='image' AND object=?1 AND (expires IS NULL OR expires > ?2) ORDER BY id LIMIT 100",
+                params![image_id, now],
+                |row| Ok(Use { kind: "lease", object: row.get(0)? }),
+            )?);
             Ok(uses)
         })
     }
