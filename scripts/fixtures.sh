@@ -31,6 +31,8 @@ fixture_packages() {
         bookworm-ifupdown) echo ifupdown ;;
         # Debian's signed boot loaders, and what their update-grub needs.
         bookworm-signed-ifupdown) echo ifupdown,shim-signed,grub-efi-amd64-signed,grub-efi-amd64 ;;
+        # systemd-boot and no GRUB.
+        bookworm-sdboot-ifupdown) echo ifupdown,systemd-boot ;;
         bookworm-networkd) echo systemd-resolved ;;
         bookworm-networkmanager) echo network-manager ;;
         bookworm-netplan) echo netplan.io,systemd-resolved ;;
@@ -44,8 +46,8 @@ fixture_packages() {
     esac
 }
 # Releases whose e2fsck judges images: 1.46.2 and 1.47.2; the host's own is another.
-readonly FIXTURES=(bookworm-ifupdown bookworm-signed-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan trixie-networkd
-    trixie-networkmanager trixie-netplan e2fsprogs-bullseye e2fsprogs-trixie)
+readonly FIXTURES=(bookworm-ifupdown bookworm-signed-ifupdown bookworm-sdboot-ifupdown trixie-ifupdown bookworm-networkd bookworm-networkmanager bookworm-netplan
+    trixie-networkd trixie-networkmanager trixie-netplan e2fsprogs-bullseye e2fsprogs-trixie)
 # The cloud kernel has virtio, ext4, xfs and btrfs at a third of the size of the full one. openssh-server brings host keys
 # that every instance must lose.
 readonly BASE_PACKAGES=linux-image-cloud-amd64,iproute2,openssh-server,systemd-sysv,udev,dbus,kmod,netbase,ca-certificates

@@ -31,7 +31,7 @@ readonly TEST=(
     grub-mkimage:grub-common /usr/lib/grub/i386-pc/boot.img:grub-pc-bin /usr/lib/grub/x86_64-efi/modinfo.sh:grub-efi-amd64-bin
     /usr/share/OVMF/OVMF_CODE_4M.fd:ovmf
     # Mapping dialects: libvirt's schemas, xl's parser.
-    virt-xml-validate:libvirt-clients xmllint:libxml2-utils /usr/share/libvirt/schemas/domain.rng:libvirt0 xl:xen-utils-common
+    bootctl:systemd-boot virt-xml-validate:libvirt-clients xmllint:libxml2-utils /usr/share/libvirt/schemas/domain.rng:libvirt0 xl:xen-utils-common
     # Guests' own network tools, run in namespaces.
     ip:iproute2 ifquery:ifupdown NetworkManager:network-manager netplan:netplan.io dbus-daemon:dbus /lib/systemd/systemd-networkd:systemd
 )

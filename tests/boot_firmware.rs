@@ -81,6 +81,46 @@ fn a_menu_that_the_guests_own_update_grub_wrote_keeps_starting_the_disk() {
     }
 }
 
+/// What apt's hook does when a kernel is installed (zz-systemd-boot), and what one that goes does.
+const KERNEL_INSTALL: &str = r#"export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+modprobe vfat
+mkdir -p /boot/efi
+mount -t vfat "$(findfs PARTLABEL=esp)" /boot/efi
+release=$(uname -r)
+{
+    kernel-install --verbose add "$release" "/boot/vmlinuz-$release" "/boot/initrd.img-$release"
+    echo "add $?"
+    kernel-install add 1.0-old "/boot/vmlinuz-$release" && kernel-install remove 1.0-old
+    echo "remove $?"
+    bootctl --esp-path=/boot/efi list
+    ls -R /boot/efi/loader /boot/efi/debian
+    cat /boot/efi/loader/entries/*
+} >/run/boot/install.log 2>&1
+umount /boot/efi
+sync
+"#;
+
+#[test]
+fn systemd_boot_starts_the_images_kernel_and_then_what_kernel_install_wrote() {
+    const FIXTURE: &str = "bookworm-sdboot-ifupdown";
+    const SEEN: [&str; 5] = [FILES[0], FILES[1], FILES[2], FILES[3], "/run/boot/install.log"];
+    let daemon = Daemon::start(PLATFORMS);
+    let image =
+        image(&daemon, FIXTURE, &json!({"boot": {"cmdline": firmware_cmdline(FIXTURE, &SEEN)}, "disk": {"layout": "gpt", "esp_size": "128 MiB"}}));
+    let rendered = render(&daemon, &image, "sdboot-1", "RAW", &json!({"platforms": ["uefi", "bios"]}));
+    let root = rendered.root()["filesystem"]["uuid"].as_str().expect("the mapping has the root's UUID").to_owned();
+    let first = guest(FIXTURE, rendered.qemu_args()).start(Start::Firmware(Firmware::Uefi)).prelude(KERNEL_INSTALL).boot();
+    check(&first, &rendered, "sdboot-1");
+    let log = first.guest_text("/run/boot/install.log");
+    assert!(first.cmdline.starts_with("initrd=\\debian\\"), "systemd-boot says so: {}", first.cmdline);
+    assert!(first.cmdline.contains(&format!("root=UUID={root}")), "{}", first.cmdline);
+    assert!(log.contains("add 0") && log.contains("remove 0"), "{log}");
+    assert!(log.contains("90-loaderentry.install") && log.contains(&format!("root=UUID={root}")) && !log.contains("1.0-old.conf"), "{log}");
+    let second = guest(FIXTURE, rendered.disk()).start(Start::Firmware(Firmware::Uefi)).boot();
+    check(&second, &rendered, "sdboot-1");
+    assert!(second.cmdline.starts_with("initrd=\\debian\\") && second.cmdline.contains(&format!("root=UUID={root}")), "{}", second.cmdline);
+}
+
 #[track_caller]
 fn starts_by(daemon: &Daemon, fixture: &str, rendered: &Rendered, instance: &str, start: Start) {
     let root = rendered.root()["filesystem"]["uuid"].as_str().expect("the mapping has the root's UUID").to_owned();

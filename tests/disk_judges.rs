@@ -3,7 +3,7 @@
 use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command, sync::Arc};
 
 use cloudletd::{
-    disk::{DiskIds, DiskPlan, Layout, SECTOR, types},
+    disk::{DiskIds, DiskPlan, ESP_SIZE, Layout, SECTOR, types},
     fs::{Region, patch::BlockPatch},
     mapping::Partition,
 };
@@ -21,7 +21,7 @@ fn run(program: &str, args: &[&str], image: &Path) -> String {
 }
 
 fn plan(size: u64, arch: &str, seed: u8) -> DiskPlan {
-    DiskPlan::new(Layout::Gpt, size, types::root_of(arch), DiskIds::derived(Uuid::from_bytes([seed; 16]))).expect("valid")
+    DiskPlan::new(Layout::Gpt, size, ESP_SIZE, types::root_of(arch), DiskIds::derived(Uuid::from_bytes([seed; 16]))).expect("valid")
 }
 
 fn judge(image: &Path, plan: &DiskPlan) {
@@ -99,7 +99,7 @@ fn judges_accept_hybrid_tables_and_see_the_root_in_both() {
     let directory = tempfile::tempdir().expect("directory");
     for (index, size) in [100 * MIB, 7 << 30, 2 << 40].into_iter().enumerate() {
         let plan = |size, seed: u8| {
-            DiskPlan::new(Layout::Hybrid, size, types::root_of("amd64"), DiskIds::derived(Uuid::from_bytes([seed; 16]))).expect("valid")
+            DiskPlan::new(Layout::Hybrid, size, ESP_SIZE, types::root_of("amd64"), DiskIds::derived(Uuid::from_bytes([seed; 16]))).expect("valid")
         };
         let (path, golden) = image(directory.path(), &format!("disk{index}.img"), 80 * MIB);
         plan(80 * MIB, 1).write_table(&golden).expect("written");

@@ -102,6 +102,37 @@ fn pygrub_finds_the_kernel_on_a_bare_and_on_a_partitioned_disk() {
     }
 }
 
+/// The ESP of a disk as files, as the guest's own bootctl sees them.
+#[test]
+fn bootctl_lists_the_entries_of_an_image_with_systemd_boot() {
+    const FIXTURE: &str = "bookworm-sdboot-ifupdown";
+    let daemon = Daemon::start("");
+    let image = image(&daemon, FIXTURE, &json!({"disk": {"layout": "gpt", "esp_size": "256 MiB"}}));
+    let rendered = render(&daemon, &image, "bootctl-1", "RAW", &json!({}));
+    let path = rendered.root()["volume"]["device"].as_str().expect("a path").to_owned();
+    judge_partitions(&rendered.answer, Path::new(&path));
+    let scratch = tempfile::tempdir().expect("a directory");
+    // It wants the root of a filesystem, which nobody else sees; the checks that it relaxes are about a FAT on a disk.
+    let script = "mcopy -s -i \"$1@@2M\" ::/EFI ::/loader ::/debian";
+    shell(&format!("{script} {}", scratch.path().display()), Path::new(&path), false);
+    let listed = format!(
+        "unshare --mount bash -c 'mount -t tmpfs esp /mnt && {} /mnt && SYSTEMD_RELAX_ESP_CHECKS=1 bootctl --esp-path=/mnt --json=short --no-pager list' \
+         judge \"$1\"",
+        script
+    );
+    let listed = shell(&listed, Path::new(&path), false);
+    let entries: Vec<serde_json::Value> = serde_json::Deserializer::from_slice(&listed).into_iter().map(|entry| entry.expect("JSON")).collect();
+    assert_eq!(entries.len(), 1, "{entries:#?}");
+    let uuid = rendered.root()["filesystem"]["uuid"].as_str().expect("a UUID");
+    assert!(entries[0]["options"].as_str().expect("options").starts_with(&format!("root=UUID={uuid} ro ")), "{entries:#?}");
+    assert_eq!(entries[0]["title"], entries[0]["showTitle"]);
+    let fixture = fixture::get(FIXTURE);
+    for (file, original) in [(&entries[0]["linux"], &fixture.kernel), (&entries[0]["initrd"][0], &fixture.initrd)] {
+        let copy = scratch.path().join(file.as_str().expect("a path").trim_start_matches('/'));
+        assert!(fs::read(&copy).expect("bootctl names a file that is there") == fs::read(original).expect("readable"), "{}", copy.display());
+    }
+}
+
 #[track_caller]
 fn judge_partitions(answer: &serde_json::Value, disk: &Path) {
     let verdict = String::from_utf8_lossy(&shell("sgdisk --verify \"$1\"", disk, false)).into_owned();

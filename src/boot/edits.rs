@@ -6,6 +6,7 @@
 //! | `/boot/grub2/grub.cfg` | the image has one: its root is replaced |
 //! | `/boot/loader/entries/*.conf` | the root in `options` is replaced |
 //! | `/boot/grub/menu.lst` | the platform is Xen's paravirtual one: for pvgrub, and for pygrub before it knew GRUB 2 |
+//! | `/etc/kernel/{cmdline,entry-token}` | systemd-boot's entries are on the disk: what `kernel-install` writes into new ones |
 //! | `/etc/default/grub.d/90-cloudletd.cfg` | the image has the directory: the consoles survive the guest's own `update-grub` |
 //!
 //! What a template of the manifest or the request itself writes is left to them.
@@ -14,6 +15,7 @@ use uuid::Uuid;
 
 use crate::{
     boot::{
+        bls::{self, EntryPlace, EntryText},
         grub::{self, Entry},
         kernels::{self, Kernel},
         platform::{self, Bus, Console, Mode, Platform},
@@ -47,6 +49,8 @@ pub struct Inputs<'a> {
     pub root_partition: Option<Uuid>,
     /// Architecture of the guest.
     pub arch: &'a str,
+    /// systemd-boot's entries on the disk: their token and places; nothing when something else starts it.
+    pub boot_entries: Option<(&'a str, &'a [EntryPlace])>,
     /// Where it will run, when that is known: the disk is the same on all of them.
     pub platforms: &'a [Platform],
 }
@@ -71,6 +75,8 @@ pub struct BootEdits {
     pub edits: Vec<Edit>,
     /// How the first kernel is started.
     pub report: Option<BootReport>,
+    /// Texts of systemd-boot's entries on the disk.
+    pub boot_entries: Vec<EntryText>,
 }
 
 /// Computes the edits. `claimed` says who writes a path besides. `Kind::InvalidRequest` when the command line gets too long.
@@ -93,13 +99,20 @@ pub fn edits(inputs: &Inputs<'_>, claimed: &dyn Fn(&str) -> bool) -> Result<Boot
     if matches!(inputs.facts.resolve("/etc/default/grub.d"), Some((_, node)) if node.kind == NodeKind::Directory) {
         written.write("/etc/default/grub.d/90-cloudletd.cfg", grub_defaults(inputs), "consoles, for the guest's own update-grub")?;
     }
+    let mut boot_entries = Vec::new();
+    if let Some((token, places)) = inputs.boot_entries {
+        boot_entries = bls::texts(token, &kernels, &entries, places);
+        let cmdline = entries.first().map(|entry| entry.cmdline.as_str()).unwrap_or_default();
+        written.write("/etc/kernel/cmdline", format!("{cmdline}\n"), "arguments of kernels that are installed later")?;
+        written.write("/etc/kernel/entry-token", format!("{token}\n"), "where kernels that are installed later go")?;
+    }
     let report = BootReport {
         kernel: first.kernel.clone(),
         initrd: first.initrd.clone(),
         cmdline: entries.first().map(|entry| entry.cmdline.clone()).unwrap_or_default(),
         notes: written.notes,
     };
-    Ok(BootEdits { edits: written.edits, report: Some(report) })
+    Ok(BootEdits { edits: written.edits, report: Some(report), boot_entries })
 }
 
 /// The command line of a kernel: root, what the manifest says or `ro`, consoles unless it names some.
@@ -259,7 +272,16 @@ mod tests {
     ];
 
     fn with<'a>(facts: &'a GuestFacts, spec: &'a BootSpec) -> Inputs<'a> {
-        Inputs { facts, spec, layout: Layout::Gpt, root_uuid: UUID, root_partition: Some(Uuid::from_u128(7)), arch: "x86_64", platforms: &[] }
+        Inputs {
+            facts,
+            spec,
+            layout: Layout::Gpt,
+            root_uuid: UUID,
+            root_partition: Some(Uuid::from_u128(7)),
+            arch: "x86_64",
+            boot_entries: None,
+            platforms: &[],
+        }
     }
 
     fn texts(edits: &BootEdits) -> Vec<(String, String)> {

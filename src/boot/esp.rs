@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | signed shim and GRUB (Debian, Ubuntu: `shim-signed`, `grub-efi-amd64-signed`; Red Hat: below `/boot/efi/EFI`) | the shim | `grubx64.efi`, MokManager, `EFI/VENDOR/grub.cfg` that leads to the root |
 //! | a unified kernel image and no kernel that GRUB could start | the image's systemd-boot, else the UKI itself | `EFI/Linux/NAME.efi` |
-//! | neither | this host's GRUB, not signed | |
+//! | systemd-boot, and no GRUB | systemd-boot | its entries and their kernels: [`crate::boot::bls`] |
+//! | none of these | this host's GRUB, not signed | |
 //!
 //! Signed programs are copied byte for byte: with Secure Boot the firmware trusts Microsoft's key, which signed the shim, which trusts the distribution's
 //! key, which signed GRUB, which verifies the kernel. A GRUB of this host can't be part of that chain.
@@ -14,10 +15,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    boot::{grub, loaders::HostLoaders},
+    boot::{bls, grub, kernels::Kernel, loaders::HostLoaders},
     disk::fat::FatVolumeSpec,
     error::{Error, Kind, Result, Stage},
     fs::TreeReader,
+    guest::facts::GuestFacts,
     units::MIB,
 };
 
@@ -38,6 +40,11 @@ pub enum EfiProgram {
     ImageShim {
         /// The directory below `EFI` that this GRUB reads: `debian`, `ubuntu`, `fedora`.
         vendor: String,
+    },
+    /// The image's systemd-boot with entries for its kernels.
+    ImageBootEntries {
+        /// What its entries and their directory begin with.
+        token: String,
     },
     /// The image's systemd-boot with its unified kernel image.
     ImageSystemdBoot {
@@ -67,12 +74,26 @@ impl Esp {
     }
 }
 
-/// Chooses what goes onto the partition; nothing when neither image nor host has anything. `has_kernel`: the image has a kernel that GRUB can start.
-pub fn choose(tree: &dyn TreeReader, loaders: &HostLoaders, has_kernel: bool) -> Result<Option<Esp>> {
-    if !has_kernel {
+/// What of an image decides.
+pub struct Image<'a> {
+    /// Its files.
+    pub tree: &'a dyn TreeReader,
+    /// What is known of them.
+    pub facts: &'a GuestFacts,
+    /// Kernels that GRUB can start.
+    pub kernels: &'a [Kernel],
+}
+
+/// Chooses what goes onto a partition of `esp_bytes`; nothing when neither image nor host has anything. `notes` says what was passed over.
+pub fn choose(image: &Image<'_>, loaders: &HostLoaders, esp_bytes: u64, notes: &mut Vec<String>) -> Result<Option<Esp>> {
+    let Image { tree, facts, kernels } = *image;
+    if kernels.is_empty() {
         return unified(tree);
     }
     if let Some(esp) = signed(tree)? {
+        return Ok(Some(esp));
+    }
+    if let Some(esp) = bls::choose(tree, facts, kernels, esp_bytes, notes)? {
         return Ok(Some(esp));
     }
     let host = loaders.efi.as_ref();
@@ -143,7 +164,7 @@ fn unified(tree: &dyn TreeReader) -> Result<Option<Esp>> {
         names.sort_by(|a, b| crate::boot::kernels::compare(b, a));
         for name in names {
             let Some(uki) = tree.read(&format!("{directory}/{name}"), UKI_LEN_MAX)? else { continue };
-            let systemd = first(tree, &["/usr/lib/systemd/boot/efi/systemd-bootx64.efi.signed", "/usr/lib/systemd/boot/efi/systemd-bootx64.efi"])?;
+            let systemd = first(tree, &bls::PROGRAMS)?;
             let at = format!("EFI/Linux/{name}");
             let (program, files) = match systemd {
                 Some(systemd) => {
@@ -157,7 +178,8 @@ fn unified(tree: &dyn TreeReader) -> Result<Option<Esp>> {
     Ok(None)
 }
 
-fn first(tree: &dyn TreeReader, paths: &[&str]) -> Result<Option<Vec<u8>>> {
+/// The first of `paths` that is a program.
+pub(super) fn first(tree: &dyn TreeReader, paths: &[&str]) -> Result<Option<Vec<u8>>> {
     for path in paths {
         if let Some(bytes) = program(tree, path)? {
             return Ok(Some(bytes));
@@ -202,9 +224,15 @@ mod tests {
         HostLoaders { efi: Some(EfiLoader { machine: "X64", image: b"MZhost".to_vec() }), ..HostLoaders::default() }
     }
 
+    fn choose_from(tree: &Tree, loaders: &HostLoaders, has_kernel: bool) -> Result<Option<Esp>> {
+        let kernel = Kernel { version: "1".into(), kernel: "/boot/vmlinuz-1".into(), initrd: None, kernel_len: 1 };
+        let kernels = if has_kernel { vec![kernel] } else { Vec::new() };
+        choose(&Image { tree, facts: &GuestFacts::default(), kernels: &kernels }, loaders, 64 << 20, &mut Vec::new())
+    }
+
     #[track_caller]
     fn chosen(files: &[(&'static str, &[u8])], has_kernel: bool) -> Option<(EfiProgram, Vec<String>)> {
-        let esp = choose(&tree(files), &host(), has_kernel).expect("chosen")?;
+        let esp = choose_from(&tree(files), &host(), has_kernel).expect("chosen")?;
         Some((esp.program, esp.files.into_keys().collect()))
     }
 
@@ -221,7 +249,7 @@ mod tests {
         assert_eq!(program, EfiProgram::ImageShim { vendor: "debian".into() });
         assert_eq!(paths, ["EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/grubx64.efi", "EFI/BOOT/mmx64.efi", "EFI/debian/grub.cfg"]);
         let red_hat: &[(&str, &[u8])] = &[("/boot/efi/EFI/fedora/shimx64.efi", b"MZ"), ("/boot/efi/EFI/fedora/grubx64.efi", b"MZ/EFI/fedora\0")];
-        let esp = choose(&tree(red_hat), &host(), true).expect("chosen").expect("an ESP");
+        let esp = choose_from(&tree(red_hat), &host(), true).expect("chosen").expect("an ESP");
         assert!(String::from_utf8_lossy(&esp.files["EFI/fedora/grub.cfg"]).contains("/boot/grub2"));
     }
 
@@ -235,7 +263,7 @@ mod tests {
         }
         let nameless: &[(&str, &[u8])] =
             &[("/usr/lib/shim/shimx64.efi.signed", b"MZ"), ("/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed", b"MZ/EFI/BOOT\0")];
-        let error = choose(&tree(nameless), &host(), true).expect_err("unknown");
+        let error = choose_from(&tree(nameless), &host(), true).expect_err("unknown");
         assert_eq!(error.reason(), "SIGNED_GRUB_UNKNOWN");
     }
 
@@ -253,6 +281,6 @@ mod tests {
     #[test]
     fn without_kernel_or_loader_there_is_nothing() {
         assert_eq!(chosen(&[], false), None);
-        assert_eq!(choose(&tree(&[]), &HostLoaders::default(), true).expect("chosen"), None);
+        assert_eq!(choose_from(&tree(&[]), &HostLoaders::default(), true).expect("chosen"), None);
     }
 }

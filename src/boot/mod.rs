@@ -3,6 +3,7 @@
 //! ```text
 //! loaders    this host's GRUB → core images for BIOS and UEFI          one command, cached; digests go into the golden key
 //! esp        image + loaders → files of the EFI system partition       the image's own signed shim and GRUB when it brings them
+//! bls        image → systemd-boot's entries and kernels                 their text is the instance's
 //! embed      loaders → boot sector, BIOS boot partition, ESP           once per golden
 //! kernels    facts → kernels and initrds, newest first                 pure
 //! edits      facts + identity + platform → grub.cfg, entries, menus    pure, once per instance
@@ -15,6 +16,7 @@
 //! No code of the guest is run for any of it, no filesystem is mounted, and no identity of an instance is in boot loaders: GRUB's core images find
 //! their root by its place on the disk they were started from.
 
+pub mod bls;
 pub mod check;
 pub mod edits;
 pub mod embed;

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use crate::{
     boot::{
+        bls::{self, EntryPlace},
         embed,
         esp::{self, EfiProgram},
         kernels::{self, Kernel},
@@ -26,6 +27,9 @@ pub struct DiskBoot {
     pub bios: bool,
     /// Who UEFI firmware starts, if the disk can be started by it.
     pub efi: Option<EfiProgram>,
+    /// Where systemd-boot's entries are on the EFI system partition.
+    #[serde(default)]
+    pub entries: Vec<EntryPlace>,
     /// Whether this host's GRUB, where it is on the disk, reads ext4 with `metadata_csum_seed`.
     #[serde(default)]
     pub reads_checksum_seed: Option<bool>,
@@ -63,11 +67,17 @@ pub fn prepare(
     }
     let root = plan.root();
     let tree = filesystem.tree(&Region { file: std::sync::Arc::clone(&disk.file), offset: disk.offset + root.offset, len: root.len })?;
-    match esp::choose(&*tree, loaders, has_kernel)? {
+    let extent = plan.esp().map_or(0, |extent| extent.len);
+    let image = esp::Image { tree: &*tree, facts, kernels: &boot.kernels };
+    match esp::choose(&image, loaders, extent, &mut boot.notes)? {
         Some(esp) => {
-            boot.efi = Some(esp.program.clone());
-            let extent = plan.esp().map_or(0, |extent| extent.len);
-            embed::write_esp(plan, disk, &fat::build(extent, &esp.volume(volume_id(identity)))?)?;
+            let program = esp.program.clone();
+            let volume = fat::build(extent, &esp.volume(volume_id(identity)))?;
+            embed::write_esp(plan, disk, &volume)?;
+            if let EfiProgram::ImageBootEntries { token } = &program {
+                boot.entries = bls::places(&volume, &boot.kernels, token)?;
+            }
+            boot.efi = Some(program);
         }
         None if has_kernel => {
             boot.notes.push("UEFI: this host has no GRUB for it (Debian: grub-common, grub-efi-amd64-bin) and the image no shim".into())

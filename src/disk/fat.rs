@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
+    os::unix::fs::FileExt,
 };
 
 use embedded_io::{ErrorType, SeekFrom};
@@ -18,7 +19,7 @@ use hadris_fat::{
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    fs::patch::BlockPatch,
+    fs::{Region, patch::BlockPatch},
     units::{Bytes, MIB, PATCH_BLOCK},
 };
 
@@ -30,6 +31,8 @@ pub const SIZE_MAX: u64 = 2048 * MIB;
 pub const FAT32_SIZE_MIN: u64 = 64 * MIB;
 /// Characters of a label.
 pub const LABEL_LEN_MAX: usize = 11;
+/// Bytes of a sector of these volumes.
+const SECTOR: usize = 512;
 /// Characters of one name.
 const NAME_LEN_MAX: usize = 128;
 /// Directories below each other.
@@ -77,6 +80,51 @@ pub fn build_bytes(size_bytes: u64, spec: &FatVolumeSpec) -> Result<Vec<u8>> {
         bytes[start..start + block.len()].copy_from_slice(block);
     }
     Ok(bytes)
+}
+
+/// Where a file with this content lies in a volume, bytes from its start; nothing when it is not in one piece, or when that is not the only place that looks so.
+/// A file starts at a sector.
+pub fn find(volume: &BlockPatch, content: &[u8]) -> Option<u64> {
+    let starts = volume.iter().flat_map(|(number, block)| {
+        let at = move |index: usize| number * PATCH_BLOCK + (index * SECTOR) as u64;
+        let same = |sector: &[u8]| content.get(..sector.len()).unwrap_or(content) == &sector[..sector.len().min(content.len())];
+        block.chunks(SECTOR).enumerate().filter(move |(_, sector)| same(sector)).map(move |(index, _)| at(index))
+    });
+    let mut whole = starts.filter(|start| is_at(volume, *start, content));
+    let first = whole.next()?;
+    whole.next().is_none().then_some(first)
+}
+
+fn is_at(volume: &BlockPatch, start: u64, content: &[u8]) -> bool {
+    let pieces = content.chunks(SECTOR).enumerate();
+    pieces.into_iter().all(|(index, piece)| {
+        let at = start + (index * SECTOR) as u64;
+        let within = (at % PATCH_BLOCK) as usize;
+        volume.get(at / PATCH_BLOCK).is_some_and(|block| block[within..].starts_with(piece))
+    })
+}
+
+/// Adds to `patch` what makes `content` stand at `offset` of the volume in `region`; what is beside it in the same blocks stays. Only reads.
+pub fn overwrite(patch: &mut BlockPatch, region: &Region, offset: u64, content: &[u8]) -> Result<()> {
+    let end = offset.checked_add(content.len() as u64).filter(|end| *end <= region.len);
+    let end = end.ok_or_else(|| Error::internal(Stage::Edit, "fat", format!("{} bytes at {offset} are beyond its end", content.len())))?;
+    for number in offset / PATCH_BLOCK..end.div_ceil(PATCH_BLOCK) {
+        let start = number * PATCH_BLOCK;
+        let mut block: Box<[u8]> = match patch.get(number) {
+            Some(block) => block.into(),
+            None => {
+                let mut block = vec![0; PATCH_BLOCK as usize];
+                let read = region.file.read_exact_at(&mut block, region.offset + start);
+                read.map_err(|error| Error::io(Stage::Edit, "disk", "read the EFI system partition", error))?;
+                block.into()
+            }
+        };
+        let (from, to) = (offset.max(start), end.min(start + PATCH_BLOCK));
+        let source = &content[(from - offset) as usize..(to - offset) as usize];
+        block[(from - start) as usize..(to - start) as usize].copy_from_slice(source);
+        patch.insert(number, block);
+    }
+    Ok(())
 }
 
 /// A size that holds files of these lengths (bytes), a multiple of 1 MiB, for volumes that are made to fit. The root directory of FAT12 and FAT16 has

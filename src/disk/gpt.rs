@@ -140,7 +140,7 @@ fn check_header(golden: &Region) -> Result<()> {
 
 /// Refuses a table whose partitions are not where a golden of this size has them.
 fn check_partitions(plan: &DiskPlan, golden: &Region, gpt: &GPT) -> Result<()> {
-    let before = DiskPlan::new(plan.layout(), golden.len, plan.root_type, *plan.ids())?;
+    let before = DiskPlan::new(plan.layout(), golden.len, plan.esp_bytes, plan.root_type, *plan.ids())?;
     let expected = before.describe();
     for (number, entry) in gpt.iter() {
         let wanted = expected.iter().find(|partition| partition.number == number);

@@ -3,7 +3,7 @@
 //! ```text
 //! bare   | filesystem ....................................................... |
 //! gpt    | MBR GPT | p14 BIOS boot | p15 ESP | p1 root ............. | GPT'   |
-//!        0         1 MiB           2 MiB     66 MiB         end − 1 MiB     end
+//!        0         1 MiB           2 MiB     66 MiB         end − 1 MiB     end      (ESP of the usual size)
 //! ```
 //!
 //! A hybrid disk has in its MBR, besides what protects the table, the root as a partition of its own.
@@ -37,10 +37,13 @@ pub const SECTOR: u64 = 512;
 pub const ALIGNMENT: u64 = MIB;
 /// Size of the BIOS boot partition, bytes. GRUB's core image has 125 to 200 KB; one alignment unit is the least that can be given.
 pub const BIOS_BOOT_SIZE: u64 = MIB;
-/// Size of the EFI system partition, bytes: room for two boot loaders and a kernel with its initrd, and enough 512-byte clusters (65525) for FAT32.
+/// Size of the EFI system partition when nobody says, bytes: room for two boot loaders and a kernel with its initrd, and enough 512-byte clusters (65525) for
+/// FAT32. Also the least.
 pub const ESP_SIZE: u64 = 64 * MIB;
-/// Where the root partition starts on a disk with a partition table, bytes.
-pub const GPT_ROOT_OFFSET: u64 = ALIGNMENT + BIOS_BOOT_SIZE + ESP_SIZE;
+/// The largest EFI system partition, bytes: room for a dozen kernels with their initrds. It is made in memory, of which only what holds data is taken.
+pub const ESP_SIZE_MAX: u64 = 1024 * MIB;
+/// Where the EFI system partition starts on a disk with a partition table, bytes.
+const ESP_OFFSET: u64 = ALIGNMENT + BIOS_BOOT_SIZE;
 /// What is left free after the root partition for the backup table (33 sectors), bytes: a whole alignment unit, so that on a disk of whole MiB the
 /// root also ends at a multiple of 1 MiB, as partitioning tools want it.
 pub const GPT_TAIL: u64 = ALIGNMENT;
@@ -109,19 +112,24 @@ pub struct Extent {
 pub struct DiskPlan {
     layout: Layout,
     size_bytes: u64,
+    esp_bytes: u64,
     root_type: Uuid,
     ids: DiskIds,
 }
 
 impl DiskPlan {
-    /// Plans a disk of `size_bytes` (a multiple of 4096). `root_type` is the root partition's type GUID, see [`types::root_of`]; it and `ids` do
+    /// Plans a disk of `size_bytes` (a multiple of 4096) with an ESP of `esp_bytes` (whole MiB from [`ESP_SIZE`] to [`ESP_SIZE_MAX`]). `root_type` is the root partition's type GUID, see [`types::root_of`]; it and `ids` do
     /// not matter for [`Layout::Bare`]. `Kind::InvalidRequest` for a size that is not aligned, too small for the layout, or beyond 8 EiB.
-    pub fn new(layout: Layout, size_bytes: u64, root_type: Uuid, ids: DiskIds) -> Result<Self> {
+    pub fn new(layout: Layout, size_bytes: u64, esp_bytes: u64, root_type: Uuid, ids: DiskIds) -> Result<Self> {
         let refuse = |why: String| Err(Error::field(Stage::Golden, "disk.size_bytes", why));
         if !size_bytes.is_multiple_of(PATCH_BLOCK) {
             return refuse(format!("a disk's size is a multiple of {PATCH_BLOCK} bytes, {size_bytes} is not"));
         }
-        let size_min = Self::overhead(layout) + PATCH_BLOCK;
+        if !esp_bytes.is_multiple_of(ALIGNMENT) || !(ESP_SIZE..=ESP_SIZE_MAX).contains(&esp_bytes) {
+            let (least, most) = (Bytes(ESP_SIZE), Bytes(ESP_SIZE_MAX));
+            return Err(Error::field(Stage::Golden, "disk.esp_size", format!("{esp_bytes} bytes are not whole MiB from {least} to {most}")));
+        }
+        let size_min = Self::overhead(layout, esp_bytes) + PATCH_BLOCK;
         if size_bytes < size_min {
             return refuse(format!("a disk with this layout has at least {size_min} bytes, this has {size_bytes}"));
         }
@@ -137,14 +145,14 @@ impl DiskPlan {
                 return Err(Error::internal(Stage::Golden, "disk", "the GUIDs of a disk and its partitions have to be set and different"));
             }
         }
-        Ok(DiskPlan { layout, size_bytes, root_type, ids })
+        Ok(DiskPlan { layout, size_bytes, esp_bytes, root_type, ids })
     }
 
     /// Bytes that a layout takes beside the root filesystem. The disk for a filesystem of `n` bytes (a multiple of 4096) has `n + overhead`.
-    pub fn overhead(layout: Layout) -> u64 {
+    pub fn overhead(layout: Layout, esp_bytes: u64) -> u64 {
         match layout {
             Layout::Bare => 0,
-            Layout::Gpt | Layout::Hybrid => GPT_ROOT_OFFSET + GPT_TAIL,
+            Layout::Gpt | Layout::Hybrid => ESP_OFFSET + esp_bytes + GPT_TAIL,
         }
     }
 
@@ -167,9 +175,9 @@ impl DiskPlan {
     pub fn root(&self) -> Extent {
         let offset = match self.layout {
             Layout::Bare => 0,
-            Layout::Gpt | Layout::Hybrid => GPT_ROOT_OFFSET,
+            Layout::Gpt | Layout::Hybrid => ESP_OFFSET + self.esp_bytes,
         };
-        Extent { offset, len: self.size_bytes - Self::overhead(self.layout) }
+        Extent { offset, len: self.size_bytes - Self::overhead(self.layout, self.esp_bytes) }
     }
 
     /// Where the BIOS boot partition is, if there is one. The boot loader's image goes there as it is.
@@ -179,7 +187,7 @@ impl DiskPlan {
 
     /// Where the EFI system partition is, if there is one. It reads as zeros until a boot loader's file system is put there.
     pub fn esp(&self) -> Option<Extent> {
-        self.layout.is_partitioned().then_some(Extent { offset: ALIGNMENT + BIOS_BOOT_SIZE, len: ESP_SIZE })
+        self.layout.is_partitioned().then_some(Extent { offset: ESP_OFFSET, len: self.esp_bytes })
     }
 
     /// `gpt`, or nothing for a bare filesystem; as `mapping::Device::partition_table` has it.

@@ -10,7 +10,7 @@ fn ids(seed: u8) -> DiskIds {
 }
 
 fn plan(size_bytes: u64, seed: u8) -> DiskPlan {
-    DiskPlan::new(Layout::Gpt, size_bytes, types::root_of("amd64"), ids(seed)).expect("a valid disk")
+    DiskPlan::new(Layout::Gpt, size_bytes, ESP_SIZE, types::root_of("amd64"), ids(seed)).expect("a valid disk")
 }
 
 fn disk(size_bytes: u64) -> Region {
@@ -55,13 +55,13 @@ fn partitions_are_aligned_and_do_not_overlap() {
 #[test]
 fn sizes_that_cannot_be_are_refused() {
     for (layout, size) in [(Layout::Bare, 0), (Layout::Bare, 4095), (Layout::Gpt, 66 * MIB), (Layout::Gpt, 1 << 63), (Layout::Gpt, u64::MAX - 4095)] {
-        let error = DiskPlan::new(layout, size, types::LINUX_DATA, ids(1)).expect_err("refused");
+        let error = DiskPlan::new(layout, size, ESP_SIZE, types::LINUX_DATA, ids(1)).expect_err("refused");
         assert_eq!(error.kind(), Kind::InvalidRequest, "{size}");
     }
-    assert!(DiskPlan::new(Layout::Gpt, DiskPlan::overhead(Layout::Gpt) + 4096, types::LINUX_DATA, ids(1)).is_ok());
+    assert!(DiskPlan::new(Layout::Gpt, DiskPlan::overhead(Layout::Gpt, ESP_SIZE) + 4096, ESP_SIZE, types::LINUX_DATA, ids(1)).is_ok());
     let same = DiskIds { root: Uuid::from_bytes([1; 16]), ..DiskIds::derived(Uuid::from_bytes([2; 16])) };
     let same = DiskIds { disk: same.root, ..same };
-    assert!(DiskPlan::new(Layout::Gpt, GIB, types::LINUX_DATA, same).is_err());
+    assert!(DiskPlan::new(Layout::Gpt, GIB, ESP_SIZE, types::LINUX_DATA, same).is_err());
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn the_filesystems_blocks_win_over_the_cleared_backup_table() {
     plan(80 * MIB, 1).write_table(&golden).expect("written");
     let large = plan(160 * MIB, 1);
     let first = 80 * MIB / PATCH_BLOCK - 5;
-    let old_tail = first - GPT_ROOT_OFFSET / PATCH_BLOCK;
+    let old_tail = first - (ESP_OFFSET + ESP_SIZE) / PATCH_BLOCK;
     let mut root = BlockPatch::new(large.root().len);
     root.insert(old_tail + 1, vec![7; 4096].into());
     let patch = large.patch(&golden, root).expect("patched");
@@ -127,7 +127,7 @@ fn smaller_disks_and_filesystems_beyond_the_end_are_refused() {
 
 #[test]
 fn a_hybrid_disk_has_its_root_in_the_mbr_and_keeps_it_there_when_it_grows() {
-    let hybrid = |size, seed| DiskPlan::new(Layout::Hybrid, size, types::root_of("amd64"), ids(seed)).expect("valid");
+    let hybrid = |size, seed| DiskPlan::new(Layout::Hybrid, size, ESP_SIZE, types::root_of("amd64"), ids(seed)).expect("valid");
     let golden = disk(80 * MIB);
     hybrid(80 * MIB, 1).write_table(&golden).expect("written");
     let large = hybrid(160 * MIB, 2);
@@ -140,13 +140,13 @@ fn a_hybrid_disk_has_its_root_in_the_mbr_and_keeps_it_there_when_it_grows() {
         assert_eq!((sector[462], sector[466], number(470), number(474)), (0x80, 0x83, root.offset / SECTOR, root.len / SECTOR));
         assert_eq!((&sector[478..510], &sector[510..]), (&[0; 32][..], &[0x55, 0xaa][..]));
     }
-    assert!(DiskPlan::new(Layout::Hybrid, 2 << 40, types::LINUX_DATA, ids(1)).is_ok());
-    assert!(DiskPlan::new(Layout::Hybrid, (2 << 40) + 4096, types::LINUX_DATA, ids(1)).is_err());
+    assert!(DiskPlan::new(Layout::Hybrid, 2 << 40, ESP_SIZE, types::LINUX_DATA, ids(1)).is_ok());
+    assert!(DiskPlan::new(Layout::Hybrid, (2 << 40) + 4096, ESP_SIZE, types::LINUX_DATA, ids(1)).is_err());
 }
 
 #[test]
 fn a_bare_disk_is_its_filesystem() {
-    let bare = DiskPlan::new(Layout::Bare, 8 * MIB, types::LINUX_DATA, ids(1)).expect("valid");
+    let bare = DiskPlan::new(Layout::Bare, 8 * MIB, ESP_SIZE, types::LINUX_DATA, ids(1)).expect("valid");
     assert_eq!((bare.root(), bare.describe().len(), bare.disk_uuid()), (Extent { offset: 0, len: 8 * MIB }, 0, None));
     let golden = disk(8 * MIB);
     bare.write_table(&golden).expect("nothing to do");
@@ -183,5 +183,17 @@ proptest! {
         }
         golden.file.write_all_at(&block, 512).expect("write");
         prop_assert!(plan(70 * MIB, 2).patch(&golden, BlockPatch::default()).is_err());
+    }
+}
+
+#[test]
+fn a_larger_system_partition_moves_the_root_and_odd_ones_are_refused() {
+    let with = |esp: u64| DiskPlan::new(Layout::Gpt, GIB, esp, types::root_of("amd64"), ids(1));
+    let (usual, larger) = (with(ESP_SIZE).expect("valid"), with(512 * MIB).expect("valid"));
+    assert_eq!(larger.esp().map(|esp| (esp.offset, esp.len)), Some((2 * MIB, 512 * MIB)));
+    assert_eq!(larger.root().offset, usual.root().offset + 448 * MIB);
+    assert_eq!(larger.root().offset + larger.root().len, usual.root().offset + usual.root().len);
+    for odd in [0, 63 * MIB, ESP_SIZE + 4096, ESP_SIZE_MAX + MIB, u64::MAX] {
+        assert_eq!(with(odd).expect_err("refused").kind(), Kind::InvalidRequest, "{odd}");
     }
 }

@@ -136,6 +136,8 @@ pub struct DiskSpec {
     pub layout: Option<Layout>,
     /// Size of the golden disk, a multiple of 1 MiB; an instance's disk may be larger.
     pub size: Option<Bytes>,
+    /// Size of the EFI system partition.
+    pub esp_size: Option<Bytes>,
     /// How it is attached.
     pub bus: Option<Bus>,
 }
@@ -362,6 +364,11 @@ impl Manifest {
     pub fn disk_size(&self) -> Option<u64> {
         let root = self.devices.iter().find(|device| device.role == Role::Root);
         self.disk.size.or(root.and_then(|root| root.size)).map(|size| size.0)
+    }
+
+    /// Size of the EFI system partition in bytes, if the manifest says.
+    pub fn esp_size(&self) -> Option<u64> {
+        self.disk.esp_size.map(|size| size.0)
     }
 
     /// How the disk is to be attached, if the manifest says.

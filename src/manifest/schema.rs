@@ -191,6 +191,7 @@ fn disk() -> Value {
         json!({
             "layout": {"description": "bare: the disk is the filesystem. gpt: a partition table with what booting needs. hybrid: the same with the root in the MBR too.", "enum": ["bare", "gpt", "hybrid"]},
             "size": {"$ref": "#/$defs/size", "description": "Size of the golden disk, a multiple of 1 MiB, at least 8 MiB. An instance's disk may be larger."},
+            "esp_size": {"$ref": "#/$defs/size", "description": "Size of the EFI system partition, a multiple of 1 MiB from 64 MiB (the default) to 1 GiB. systemd-boot has kernels there."},
             "bus": {"description": "How the disk is attached.", "enum": ["virtio", "scsi", "sata", "ide", "nvme", "xen"]}
         }),
     )

@@ -21,7 +21,7 @@ use crate::{
         prepare::DiskBoot,
     },
     config::Verify,
-    disk::{DiskIds, DiskPlan, Layout, types},
+    disk::{DiskIds, DiskPlan, ESP_SIZE, Layout, types},
     error::{Error, Kind, Result, Stage},
     failpoint::reach,
     fs::{BuiltFs, Filesystem, FsKind},
@@ -98,7 +98,7 @@ impl GoldenIds {
 
 /// The plan of a golden's disk, or of an instance's with another size and identity.
 pub fn disk_plan(spec: &GoldenSpec, size_bytes: u64, identity: Uuid) -> Result<DiskPlan> {
-    DiskPlan::new(spec.layout, size_bytes, types::root_of(&spec.arch), DiskIds::derived(identity))
+    DiskPlan::new(spec.layout, size_bytes, spec.boot.esp_bytes.unwrap_or(ESP_SIZE), types::root_of(&spec.arch), DiskIds::derived(identity))
 }
 
 /// The engine of a filesystem.

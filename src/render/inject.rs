@@ -6,7 +6,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{
-    boot::{self, edits::BootEdits, esp::EfiProgram, platform::Platform},
+    boot::{self, bls::EntryText, edits::BootEdits, esp::EfiProgram, platform::Platform},
     config::PlatformConfig,
     disk::DiskIds,
     error::{Error, Result, Stage},
@@ -49,6 +49,8 @@ pub struct Injected {
     pub filesystem_uuid: Uuid,
     /// From which the disk's GUIDs are derived.
     pub disk_identity: Uuid,
+    /// Texts of systemd-boot's entries on the disk.
+    pub boot_entries: Vec<EntryText>,
 }
 
 /// Who the instance is. `seed` is secret; it is drawn once per instance.
@@ -116,7 +118,7 @@ pub fn inject(
         size_bytes: None,
         now,
     };
-    Ok(Injected { request, report, identity: guest_identity, filesystem_uuid, disk_identity: identity.disk_guid })
+    Ok(Injected { request, report, identity: guest_identity, filesystem_uuid, disk_identity: identity.disk_guid, boot_entries: boot.boot_entries })
 }
 
 /// Where the guest's own tools find the EFI system partition: in an image that has a place for it, or boot loaders of its own to update there. By the
@@ -129,7 +131,7 @@ fn mount_esp(golden: &LoadedGolden, disk: Uuid, mounts: &mut Mounts) {
     }
     match golden.facts.resolve(PLACE) {
         Some((path, node)) if path == PLACE && node.kind == NodeKind::Directory => {}
-        None if matches!(program, EfiProgram::ImageShim { .. }) => match GuestPath::new(PLACE) {
+        None if matches!(program, EfiProgram::ImageShim { .. } | EfiProgram::ImageBootEntries { .. }) => match GuestPath::new(PLACE) {
             Ok(path) => mounts.directories.push(path),
             Err(_) => return,
         },
@@ -170,6 +172,10 @@ fn boot_edits(resolved: &Resolved, golden: &LoadedGolden, root_uuid: Uuid, disk:
         root_uuid,
         root_partition: spec.layout.is_partitioned().then(|| DiskIds::derived(disk).root),
         arch: &spec.arch,
+        boot_entries: match &golden.boot.efi {
+            Some(EfiProgram::ImageBootEntries { token }) => Some((token, &golden.boot.entries)),
+            _ => None,
+        },
         platforms: &platforms,
     };
     boot::edits::edits(&inputs, &|path| others.iter().any(|edit| edit.path.display() == path))

@@ -253,6 +253,7 @@ impl Known {
             root_uuid,
             root_partition: partition.map(|partition| parsed(&partition.uuid)).transpose()?,
             arch: self.arch(),
+            boot_entries: None,
             platforms: std::slice::from_ref(platform),
         };
         edits::cmdline(&inputs, kernel)

@@ -10,7 +10,7 @@ use crate::{
         platform::{Platform, preferences},
     },
     config::PlatformConfig,
-    disk::Layout,
+    disk::{DiskPlan, ESP_SIZE, Layout},
     error::{Error, Kind, Result, Stage},
     fs::FsKind,
     manifest::{ImageId, Manifest},
@@ -202,7 +202,9 @@ impl Engine {
         if size > defaults.max_size.0 {
             return wrong(format!("{} is more than golden.max_size, {}", Bytes(size), defaults.max_size));
         }
-        let overhead = crate::disk::DiskPlan::overhead(layout);
+        // What everybody has is not said: those goldens keep their key.
+        let esp_bytes = manifest.esp_size().filter(|size| layout.is_partitioned() && *size != ESP_SIZE);
+        let overhead = DiskPlan::overhead(layout, esp_bytes.unwrap_or(ESP_SIZE));
         let least = golden::filesystem(filesystem).size_min() + overhead;
         if size < least {
             return wrong(format!("{} is less than {} needs, {}", Bytes(size), filesystem.name(), Bytes(least)));
@@ -231,6 +233,7 @@ impl Engine {
                 loaders: loaders.digests(),
                 kernel: manifest.boot().kernel.as_ref().map(ToString::to_string),
                 initrd: manifest.boot().initrd.as_ref().map(ToString::to_string),
+                esp_bytes,
             },
         };
         self.check_beforehand(manifest, &template, &platforms)?;

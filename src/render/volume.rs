@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, fs::File, sync::Arc};
 use serde_json::Value;
 
 use crate::{
-    boot::platform::Firmware,
+    boot::{bls, platform::Firmware},
     disk::DiskPlan,
     error::{Error, Kind, Result, Stage},
     ext4::read::Image,
@@ -560,7 +560,11 @@ fn patch_of(golden: &LoadedGolden, injected: &Injected, size_bytes: u64, progres
     let mut request = injected.request.clone();
     request.size_bytes = (plan.root().len > root.len).then_some(plan.root().len);
     let patch = filesystem(spec.filesystem).edit(root, &request, progress)?;
-    let patch = plan.patch(&disk, patch)?;
+    let mut patch = plan.patch(&disk, patch)?;
+    if let Some(extent) = plan.esp().filter(|_| !injected.boot_entries.is_empty()) {
+        let esp = Region { file: Arc::clone(&disk.file), offset: extent.offset, len: extent.len };
+        patch.merge_at(extent.offset, bls::patch(&esp, &golden.boot.entries, &injected.boot_entries)?);
+    }
     Ok((plan, patch))
 }
 

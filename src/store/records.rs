@@ -72,16 +72,19 @@ pub struct GoldenBoot {
     pub kernel: Option<String>,
     /// Initrd that the manifest names.
     pub initrd: Option<String>,
+    /// Size of the EFI system partition in bytes, when it is not the usual one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub esp_bytes: Option<u64>,
 }
 
 /// Changes whenever the same [`GoldenSpec`] gives other bytes or other facts.
-pub const GOLDEN_FORMAT: u32 = 2;
+pub const GOLDEN_FORMAT: u32 = 3;
 
 impl GoldenSpec {
     /// The golden key: a hash of every field and of [`GOLDEN_FORMAT`].
     pub fn key(&self) -> Digest {
         let GoldenSpec { rootfs, prefix, volatile, templates, filesystem, profile, label, bytes_per_inode, layout, size_bytes, arch, boot } = self;
-        let GoldenBoot { loaders: LoaderDigests { bios, efi }, kernel, initrd } = boot;
+        let GoldenBoot { loaders: LoaderDigests { bios, efi }, kernel, initrd, esp_bytes } = boot;
         let boot = serde_json::json!([bios, efi, kernel, initrd]);
         let mut value = serde_json::json!([
             GOLDEN_FORMAT,
@@ -100,6 +103,10 @@ impl GoldenSpec {
         // Goldens from before there was a prefix keep their key.
         if let (Some(prefix), Some(value)) = (prefix, value.as_array_mut()) {
             value.push(prefix.clone().into());
+        }
+        // As those with the usual system partition do; a number is no prefix.
+        if let (Some(esp_bytes), Some(value)) = (esp_bytes, value.as_array_mut()) {
+            value.push((*esp_bytes).into());
         }
         Digest::of(value.to_string().as_bytes())
     }

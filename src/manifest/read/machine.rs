@@ -4,10 +4,11 @@ use serde_json::Value;
 
 use super::fields::{DISK_UNIT, Fields};
 use crate::{
-    disk::Layout,
+    disk::{ESP_SIZE, ESP_SIZE_MAX, Layout},
     fs::{FsKind, Profile},
     manifest::{BootSpec, Bus, Device, DiskSpec, FilesystemSpec, Role, json::element},
     names::{DeviceName, GuestPath},
+    units::Bytes,
 };
 
 /// Devices of an image.
@@ -47,13 +48,23 @@ pub fn filesystem(problems: &mut Fields, given: Option<&Value>, field: &str) -> 
 /// `disk`.
 pub fn disk(problems: &mut Fields, given: Option<&Value>) -> DiskSpec {
     let field = "disk";
-    let Some(given) = given.and_then(|given| problems.object(given, field, &["layout", "size", "bus"])) else { return DiskSpec::default() };
+    let Some(given) = given.and_then(|given| problems.object(given, field, &["layout", "size", "esp_size", "bus"])) else {
+        return DiskSpec::default();
+    };
     let buses = [Bus::Virtio, Bus::Scsi, Bus::Sata, Bus::Ide, Bus::Nvme, Bus::Xen];
-    DiskSpec {
+    let spec = DiskSpec {
         layout: problems.choice(given, field, "layout", &[("bare", Layout::Bare), ("gpt", Layout::Gpt), ("hybrid", Layout::Hybrid)]),
         size: problems.size(given, field, "size", 8 * DISK_UNIT, DISK_UNIT),
+        esp_size: problems.size(given, field, "esp_size", ESP_SIZE, DISK_UNIT),
         bus: problems.choice(given, field, "bus", &buses.map(|bus| (bus.name(), bus))),
+    };
+    if let Some(size) = spec.esp_size.filter(|size| size.0 > ESP_SIZE_MAX) {
+        problems.add("disk.esp_size", format!("{size} is more than {}", Bytes(ESP_SIZE_MAX)));
     }
+    if spec.esp_size.is_some() && spec.layout == Some(Layout::Bare) {
+        problems.add("disk.esp_size", "a bare filesystem has no EFI system partition");
+    }
+    spec
 }
 
 /// `boot`.
