@@ -172,6 +172,32 @@ fn growth_is_clean_on_every_feature_set_and_at_every_size() {
 }
 
 #[test]
+fn a_grown_filesystem_keeps_room_to_grow_sixteen_times_and_writes_no_more_for_it() {
+    const GIB: u64 = 1 << 30;
+    let golden = Golden::make(&[], "4G");
+    let blocks = |size| golden.edit(&EditRequest { size_bytes: size, ..typical() }).expect("fits").len();
+    let reserved = |image: &str| -> u32 {
+        let said = String::from_utf8(run("dumpe2fs", &["-h", image]).stdout).expect("text");
+        // Not told when there are none.
+        let line = said.lines().find(|line| line.starts_with("Reserved GDT blocks"));
+        line.map_or(0, |line| line.split_whitespace().last().expect("a word").parse().expect("a number"))
+    };
+    let (same, grown) = (blocks(None), blocks(Some(20 * GIB)));
+    note(&format!("4 GiB: {same} blocks, 20 GiB: {grown}"));
+    assert!(grown < same + 100, "{grown} blocks for growth, {same} without");
+    // 160 groups in 3 blocks of descriptors; 2560 groups take 40.
+    let edited = golden.edited(&EditRequest { size_bytes: Some(20 * GIB), ..typical() });
+    assert_eq!(reserved(edited.str()), 37);
+    check_typical(&edited);
+    run("resize2fs", &[edited.str(), "320G"]);
+    edited.fsck();
+    assert_eq!((edited.image().geometry().gdt_blocks, reserved(edited.str())), (40, 0));
+    // What lies beyond is resize2fs' own to find.
+    run("resize2fs", &[edited.str(), "400G"]);
+    edited.fsck();
+}
+
+#[test]
 fn a_grown_filesystem_can_be_filled_by_the_kernel_and_grown_again() {
     for (name, args) in FEATURE_SETS.iter().filter(|(name, _)| ["default", "1k", "ext3-like"].contains(name)) {
         note(name);

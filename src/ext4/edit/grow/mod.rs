@@ -2,7 +2,7 @@
 //!
 //! The outcome is what resize2fs(8) and the kernel's online resize leave: `plan` decides the new shape and refuses what does not fit, `place`
 //! puts the new groups' bitmaps and inode tables (per flexible group in its first new group; without flex_bg in each group), `reserved` takes
-//! descriptor blocks from the resize inode and enters the new backups there, commit writes all backups. New groups are uninitialised where the
+//! descriptor blocks from the resize inode, frees those that nobody will need and enters the new backups there, commit writes all backups. New groups are uninitialised where the
 //! filesystem has descriptor checksums, so that they cost a descriptor each and nothing else: beyond the golden everything reads as zeros.
 
 mod place;
@@ -32,6 +32,7 @@ impl Editor {
         let old_last = old.groups - 1;
         let old_len = old.group_blocks(old_last);
         self.enter_shape(&plan);
+        self.trim_reserved(&old)?;
         self.extend_last(old_last, old_len)?;
         if plan.gdt_blocks > old.gdt_blocks || plan.groups > old.groups {
             self.take_reserved(&old)?;
