@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/cloudlet/v1/host.proto",
         "proto/cloudlet/v1/store.proto",
         "proto/cloudlet/v1/catalogue.proto",
+        "proto/cloudlet/v1/share.proto",
     ];
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

@@ -19,9 +19,11 @@ readonly TEST=(
     unshare:util-linux setfattr:attr setfacl:acl setcap:libcap2-bin python3:python3-minimal /usr/lib/python3/dist-packages:python3
     qemu-img:qemu-utils ssh-keygen:openssh-client dropbearkey:dropbear-bin visudo:sudo file:file
     matchpathcon:selinux-utils semodule:policycoreutils
+    # Registries: a server, and a client of somebody else's. Squashfs.
+    docker-registry:docker-registry skopeo:skopeo mksquashfs:squashfs-tools
     # Signatures.
     gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent minisign:minisign
-    # simplestreams' own tools (scripts/tools.sh).
+    # simplestreams' own tools and an S3 server (scripts/tools.sh).
     gpgv:gpgv /usr/share/doc/python3-venv:python3-venv
     # scripts/fuzz.sh: libFuzzer is C++.
     c++:g++

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# usage: tools.sh [grpcurl] [buf] [simplestreams]
+# usage: tools.sh [grpcurl] [buf] [simplestreams] [moto]
 # Puts the tools that Debian does not have into target/tools: grpcurl (for the operator scripts), buf (checks the protocol files), simplestreams
-# (sstream-query and sstream-mirror, judges of what is published). All by default; each only when that version is not there. Prints nothing when there is nothing to do.
+# (sstream-query and sstream-mirror, judges of what is published), moto (a server of S3). All by default; each only when that version is not there. Prints nothing when there is nothing to do.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tools=$root/target/tools
-readonly GRPCURL_RS=0.2.1 BUF=1.75.0 SIMPLESTREAMS=0.1.0.post59
+readonly GRPCURL_RS=0.2.1 BUF=1.75.0 SIMPLESTREAMS=0.1.0.post59 MOTO=5.2.5
 
 make_grpcurl() {
     # Any grpcurl that is installed will do: the scripts use what the Go and the Rust program have in common.
@@ -39,8 +39,17 @@ make_simplestreams() {
     touch "$tools/.simplestreams-$SIMPLESTREAMS"
 }
 
+make_moto() {
+    [[ -e $tools/.moto-$MOTO ]] && return
+    echo "installing moto"
+    mkdir --parents "$tools"
+    python3 -m venv --clear "$tools/moto"
+    "$tools/moto/bin/pip" install --quiet --disable-pip-version-check "moto[s3,server]==$MOTO"
+    touch "$tools/.moto-$MOTO"
+}
+
 case "${1:-}" in
     --help) sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    "") make_grpcurl; make_buf; make_simplestreams ;;
+    "") make_grpcurl; make_buf; make_simplestreams; make_moto ;;
     *) for tool in "$@"; do "make_$tool"; done ;;
 esac

@@ -6,6 +6,7 @@ mod fetch;
 mod gc;
 mod kernels;
 mod listen;
+pub mod remote;
 pub mod share;
 pub mod streams;
 pub mod trust;
@@ -230,7 +231,7 @@ pub struct Golden {
     pub verify: Verify,
     /// Seconds between two scrubs, which compare everything in the store with its digest; 0 for none.
     pub scrub_interval_secs: u64,
-    /// Whether a golden image that is not here is built, or taken from a `share.peer` that has it. Default: build.
+    /// Whether a golden image that is not here is built, or taken from a `share.peer`, registry or bucket that has it. Default: build.
     pub prefer: share::Prefer,
     /// Golden images that are prepared when the daemon starts.
     #[serde(rename = "prerender")]

@@ -8,6 +8,7 @@ pub mod encode;
 pub mod hosts;
 pub mod images;
 pub mod renders;
+pub mod sharing;
 pub mod status;
 pub mod stores;
 pub mod volumes;

@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::Deserialize;
 
-use super::Listen;
+use super::{
+    Listen,
+    remote::{self, Bucket, Registry},
+};
 use crate::{
     error::{Error, Result, Stage},
     source::{self, Network},
@@ -17,10 +20,10 @@ const PEERS_MAX: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Prefer {
-    /// Build it from the tarball; peers are not asked.
+    /// Build it from the tarball; nobody is asked.
     #[default]
     Build,
-    /// Ask the peers for it, and build it when none has it.
+    /// Ask the peers, then the registries and buckets for it, and build it when none has it.
     Pull,
 }
 
@@ -38,11 +41,17 @@ pub struct Share {
     pub pull_through: bool,
     /// Connections at the same time; more wait to be accepted.
     pub max_connections: usize,
-    /// Peers that have to name the same bytes before a golden image is taken from them.
+    /// Peers, registries and buckets that have to name the same bytes before a golden image is taken from them.
     pub agree: usize,
     /// Hosts that golden images are taken from, asked in order.
     #[serde(rename = "peer")]
     pub peers: Vec<Peer>,
+    /// Registries that golden images and tarballs are put into and taken from.
+    #[serde(rename = "registry")]
+    pub registries: Vec<Registry>,
+    /// Buckets that golden images and tarballs are put into and taken from.
+    #[serde(rename = "bucket")]
+    pub buckets: Vec<Bucket>,
 }
 
 /// Another host's `share.listen`.
@@ -59,7 +68,17 @@ pub struct Peer {
 
 impl Default for Share {
     fn default() -> Self {
-        Share { listen: None, allow: Vec::new(), tls: false, pull_through: false, max_connections: 64, agree: 1, peers: Vec::new() }
+        Share {
+            listen: None,
+            allow: Vec::new(),
+            tls: false,
+            pull_through: false,
+            max_connections: 64,
+            agree: 1,
+            peers: Vec::new(),
+            registries: Vec::new(),
+            buckets: Vec::new(),
+        }
     }
 }
 
@@ -111,11 +130,14 @@ pub fn check(share: &Share, listen: &Listen, prefer: Prefer) -> Result<()> {
             }
         }
     }
-    if prefer == Prefer::Pull && share.peers.is_empty() {
-        return wrong("golden.prefer", "\"pull\" needs a share.peer".into());
+    remote::check(&share.registries, &share.buckets)?;
+    let remotes = share.registries.iter().map(|registry| registry.goldens).chain(share.buckets.iter().map(|bucket| bucket.goldens));
+    let holders = share.peers.len() + remotes.filter(|asked| *asked).count();
+    if prefer == Prefer::Pull && holders == 0 {
+        return wrong("golden.prefer", "\"pull\" needs a share.peer, share.registry or share.bucket".into());
     }
-    if share.agree == 0 || (prefer == Prefer::Pull && share.agree > share.peers.len()) {
-        return wrong("share.agree", format!("{} is not between 1 and the number of peers ({})", share.agree, share.peers.len()));
+    if share.agree == 0 || (prefer == Prefer::Pull && share.agree > holders) {
+        return wrong("share.agree", format!("{} is not between 1 and the number of those that are asked ({holders})", share.agree));
     }
     Ok(())
 }

@@ -90,7 +90,7 @@ pub struct Engine {
     pub config: Config,
     /// Pools by name.
     pub pools: BTreeMap<PoolName, Pool>,
-    fetcher: Fetcher,
+    fetcher: Arc<Fetcher>,
     /// Kernels of the configuration.
     kernels: SuppliedKernels,
     /// For signatures: the same sources, little patience for large files.
@@ -141,9 +141,9 @@ impl Engine {
         let of_anybody = fetching.mirrors.iter().cloned().map(|mirror| source::Mirror { trusted: true, ..mirror }).collect();
         let small = source::Config { size_max: SIGNATURE_BYTES_MAX as u64, mirrors: of_anybody, ..fetching.clone() };
         let signature_fetcher = Fetcher::new(small)?;
-        let fetcher = Fetcher::new(fetching)?;
+        let fetcher = Arc::new(Fetcher::new(fetching)?);
         let trust = Policy::new(&config.trust)?;
-        let share = crate::share::State::new(&config.share)?;
+        let share = crate::share::State::new(&config.share, &fetcher)?;
         Ok(Arc::new(Engine {
             store,
             pools,

@@ -30,6 +30,7 @@ use crate::{
         hosts::Hosts,
         images::Images,
         renders::Renders,
+        sharing::Sharing,
         stores::Stores,
         volumes::Volumes,
     },
@@ -37,8 +38,8 @@ use crate::{
     error::{Error, Kind, Result, Stage},
     proto::{
         DESCRIPTOR_SET, catalogue_service_server::CatalogueServiceServer, host_service_server::HostServiceServer,
-        image_service_server::ImageServiceServer, render_service_server::RenderServiceServer, store_service_server::StoreServiceServer,
-        volume_service_server::VolumeServiceServer,
+        image_service_server::ImageServiceServer, render_service_server::RenderServiceServer, share_service_server::ShareServiceServer,
+        store_service_server::StoreServiceServer, volume_service_server::VolumeServiceServer,
     },
     render::Engine,
     server::{accept::Door, tls::Certificates},
@@ -211,6 +212,7 @@ async fn health_service() -> HealthServer<impl Health> {
     reporter.set_serving::<HostServiceServer<Hosts>>().await;
     reporter.set_serving::<StoreServiceServer<Stores>>().await;
     reporter.set_serving::<CatalogueServiceServer<Catalogue>>().await;
+    reporter.set_serving::<ShareServiceServer<Sharing>>().await;
     service
 }
 
@@ -234,6 +236,7 @@ fn router(
         .add_service(renders)
         .add_service(VolumeServiceServer::new(Volumes(Arc::clone(engine))))
         .add_service(CatalogueServiceServer::new(Catalogue(Arc::clone(engine))))
+        .add_service(ShareServiceServer::new(Sharing(Arc::clone(engine))))
         .add_service(StoreServiceServer::new(Stores(Arc::clone(engine))))
         .add_service(HostServiceServer::new(Hosts { engine: Arc::clone(engine), certificates: certificates.clone() })))
 }

@@ -21,6 +21,8 @@ use crate::{
 pub const FORMAT: &str = "cloudletd-golden:1";
 /// Bytes of the disk in a chunk; the last may be shorter. A pull that was interrupted loses at most a few of them.
 pub const CHUNK_LEN: u64 = 4 * MIB;
+/// What compression adds to bytes that can't be compressed, and more.
+pub const COMPRESSED_SLACK: u64 = 64 * 1024;
 /// Largest manifest, bytes: a full disk of 1 TiB has 262144 chunks of some hundred bytes.
 pub const MANIFEST_LEN_MAX: u64 = 64 * MIB;
 
@@ -96,6 +98,17 @@ impl GoldenManifest {
         let manifest: GoldenManifest =
             serde_json::from_slice(bytes).map_err(|error| wrong("is no manifest of a golden image".into()).with_source(error))?;
         manifest.check(spec, &key).map_err(|why| wrong(format!("the manifest does not fit: {why}")))?;
+        Ok(manifest)
+    }
+
+    /// The same for whoever knows nothing but the key, which is a hash over all of the spec.
+    pub fn parse_for_key(bytes: &[u8], key: &Digest) -> Result<GoldenManifest> {
+        let wrong = |why: &str| Error::new(Kind::Corrupt, Stage::Golden, key.hex(), why).with_reason("GOLDEN_MANIFEST");
+        let manifest: GoldenManifest = serde_json::from_slice(bytes).map_err(|error| wrong("is no manifest of a golden image").with_source(error))?;
+        if manifest.spec.key() != *key {
+            return Err(wrong("the manifest is of another golden image"));
+        }
+        manifest.check(&manifest.spec, key).map_err(|why| wrong(&format!("the manifest does not fit: {why}")))?;
         Ok(manifest)
     }
 

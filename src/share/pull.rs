@@ -1,7 +1,7 @@
-//! Golden images from peers.
+//! Golden images from holders: peers, registries, buckets.
 //!
 //! What has arrived of a golden is in one sparse file of the store's `tmp`, under a name that a restart keeps. What of it is there is not noted anywhere: the
-//! chunks that have the right hash are there. A transfer that was cut off goes on with the others, at the same peer or at another that has the same golden.
+//! chunks that have the right hash are there. A transfer that was cut off goes on with the others, at the same holder or at another that has the same golden.
 
 use std::{
     fs::{self, File},
@@ -15,11 +15,12 @@ use std::{
 };
 
 use futures_util::StreamExt;
+use tokio::sync::OwnedMutexGuard;
 use uuid::Uuid;
 
 use super::{
+    holder::{Holder, Layer, Wanted},
     manifest::{CHUNK_LEN, Chunk, GoldenManifest, chunk_len, hash, is_zero},
-    peer::Peer,
 };
 use crate::{
     error::{Error, Kind, Result, Stage},
@@ -36,11 +37,23 @@ const CHUNKS_AT_ONCE: usize = 4;
 /// Zeros of so many bytes are not written, so that what was a hole becomes one again.
 const HOLE: usize = 64 * 1024;
 
+/// Who has a golden, and where its chunks are there when they have names of their own.
+struct Place {
+    holder: Arc<dyn Holder>,
+    layers: Vec<Layer>,
+}
+
+/// What some holders say alike about a golden.
+struct Named {
+    manifest: GoldenManifest,
+    places: Vec<Place>,
+}
+
 /// A golden on its way, and those who have it.
 struct Pull<'p> {
     key: Digest,
     manifest: Arc<GoldenManifest>,
-    peers: Vec<&'p Peer>,
+    places: Vec<Place>,
     health: &'p Health,
     file: Arc<File>,
     path: PathBuf,
@@ -48,8 +61,21 @@ struct Pull<'p> {
     progress: Progress,
 }
 
+/// A golden that was asked for from one remote.
+#[derive(Debug, Clone)]
+pub struct PullGolden {
+    /// Name of the registry or bucket.
+    pub remote: String,
+    /// The golden.
+    pub key: Digest,
+    /// The image it is noted for; when nobody says, one of the catalogue with its tarball.
+    pub image_id: Option<String>,
+    /// Digest over the disk's content, when the caller knows it.
+    pub digest: Option<Digest>,
+}
+
 impl Engine {
-    /// Gets a golden from a peer, if this host prefers that and a peer has it. Whether it is in the store now; when not, the log says why, and it is built.
+    /// Gets a golden from a holder, if this host prefers that and one has it. Whether it is in the store now; when not, the log says why, and it is built.
     ///
     /// Fails only when the caller cancels, or when the store does: no room, no permission. What has arrived then stays for the next try.
     pub async fn pull_golden(self: &Arc<Self>, spec: &GoldenSpec, image_id: &str, progress: &Progress) -> Result<bool> {
@@ -60,34 +86,85 @@ impl Engine {
         if blocking(Stage::Golden, move || Ok(engine.load_golden(key)?.is_some())).await? {
             return Ok(true);
         }
-        let Some((manifest, peers)) = self.find_peers(spec, progress).await? else { return Ok(false) };
-        let _promised = self.admission.promise_store(&self.store.tmp(), manifest.data_len_max(), "a golden image of a peer")?;
+        let Some(named) = self.find_holders(spec, progress).await? else { return Ok(false) };
+        match self.bring(flight, named, image_id.to_owned(), progress).await {
+            Ok(()) => Ok(true),
+            Err(error) => {
+                progress.check()?;
+                if matches!(error.kind(), Kind::NoSpace | Kind::Internal) {
+                    return Err(error);
+                }
+                tracing::warn!(golden = %key.hex(), error = %error.chain(), "the golden image could not be pulled; it is built here");
+                Ok(false)
+            }
+        }
+    }
+
+    /// Gets a golden from one remote. False when it was in the store already.
+    ///
+    /// Fails with `Kind::NotFound` when the remote does not have it (`REMOTE_NOT_FOUND`) or no image of the catalogue has its tarball (`IMAGE_NOT_FOUND`), `Kind::Corrupt` when
+    /// what it has is something else, and as the store does. What has arrived stays for the next call.
+    pub async fn pull_golden_from(self: &Arc<Self>, wanted: PullGolden, progress: &Progress) -> Result<bool> {
+        let PullGolden { remote, key, image_id, digest } = wanted;
+        let holder = self.share.remote(&remote)?.holder();
+        let flight = self.builds.enter(&key).await;
+        let engine = Arc::clone(self);
+        if let Some(loaded) = blocking(Stage::Golden, move || engine.load_golden(key)).await? {
+            return same_digest(&key, loaded.record.digest, digest).map(|()| false);
+        }
+        let offer = holder.offer(&key).await?;
+        let manifest = GoldenManifest::parse_for_key(&offer.manifest, &key)?;
+        let place = place(holder, offer.layers, &manifest)?;
+        same_digest(&key, manifest.digest, digest)?;
+        let (engine, rootfs) = (Arc::clone(self), manifest.spec.rootfs);
+        let image_id = blocking(Stage::Golden, move || engine.image_of_golden(image_id, rootfs)).await?;
+        self.bring(flight, Named { manifest, places: vec![place] }, image_id, progress).await?;
+        Ok(true)
+    }
+
+    /// The image that a golden of this tarball is noted for.
+    fn image_of_golden(&self, image_id: Option<String>, rootfs: Digest) -> Result<String> {
+        let Some(id) = image_id else {
+            let found = self.store.catalog.image_with_rootfs(rootfs)?;
+            return found.map(|image| image.id).ok_or_else(|| {
+                Error::new(Kind::NotFound, Stage::Golden, rootfs.to_string(), "no image of the catalogue has this root filesystem")
+                    .with_reason("IMAGE_NOT_FOUND")
+                    .with_hint("create the image first, with this digest of its root filesystem")
+            });
+        };
+        let image = self.image(&id)?.record;
+        match image.rootfs_digest {
+            Some(digest) if digest != rootfs => {
+                let why = format!("its root filesystem is {digest}, the golden image was made from {rootfs}");
+                Err(Error::new(Kind::Conflict, Stage::Golden, id, why).with_reason("IMAGE_DIFFERS"))
+            }
+            _ => Ok(image.id),
+        }
+    }
+
+    /// Gets what is missing of a golden and gives it its place. The flight is held until it can be found there.
+    async fn bring(self: &Arc<Self>, flight: OwnedMutexGuard<()>, named: Named, image_id: String, progress: &Progress) -> Result<()> {
+        let Named { manifest, places } = named;
+        let _promised = self.admission.promise_store(&self.store.tmp(), manifest.data_len_max(), "a golden image of another host")?;
         let manifest = Arc::new(manifest);
         progress.enter(Stage::Golden, manifest.data_len_max());
         let begun = std::time::Instant::now();
         let path = partial_path(&self.store, &manifest);
         let (opened, described, checked) = (path.clone(), Arc::clone(&manifest), progress.clone());
         let (file, missing) = blocking(Stage::Golden, move || open_partial(&opened, &described, &checked)).await?;
-        let (all, asked) = (manifest.chunks.len(), missing.len());
+        let (all, asked, key) = (manifest.chunks.len(), missing.len(), manifest.key);
         let pull = Pull {
             key,
             manifest: Arc::clone(&manifest),
-            peers,
+            places,
             health: &self.share.health,
             file: Arc::new(file),
             path,
             pacer: Arc::clone(&self.pacer),
             progress: progress.clone(),
         };
-        if let Err(error) = pull.fetch(missing).await {
-            progress.check()?;
-            if matches!(error.kind(), Kind::NoSpace | Kind::Internal) {
-                return Err(error);
-            }
-            tracing::warn!(golden = %key.hex(), error = %error.chain(), "the golden image could not be pulled; it is built here");
-            return Ok(false);
-        }
-        let (engine, image_id) = (Arc::clone(self), image_id.to_owned());
+        pull.fetch(missing).await?;
+        let engine = Arc::clone(self);
         let (file, path) = (Arc::clone(&pull.file), pull.path.clone());
         let landed = blocking(Stage::Golden, move || {
             // Held until the golden can be found, even if whoever awaits this goes away.
@@ -97,53 +174,74 @@ impl Engine {
             Ok(())
         })
         .await;
-        match landed {
+        let names = pull.places.iter().map(|place| place.holder.name());
+        match &landed {
             Ok(()) => {
-                pull.peers.iter().for_each(|peer| self.share.health.worked(&peer.name));
+                names.for_each(|name| self.share.health.worked(name));
                 tracing::info!(golden = %key.hex(), chunks = all, fetched = asked, ms = begun.elapsed().as_millis() as u64, "golden image pulled");
-                Ok(true)
             }
-            Err(error) if error.kind() == Kind::Corrupt => {
-                pull.peers.iter().for_each(|peer| self.share.health.failed(&peer.name, &error));
-                Ok(false)
-            }
-            Err(error) => Err(error),
+            Err(error) if error.kind() == Kind::Corrupt => names.for_each(|name| self.share.health.failed(name, error)),
+            Err(_) => {}
         }
+        landed
     }
 
-    /// The manifest that enough peers name, and those peers, the well ones first.
-    async fn find_peers(&self, spec: &GoldenSpec, progress: &Progress) -> Result<Option<(GoldenManifest, Vec<&Peer>)>> {
+    /// The manifest that enough holders name, and those, the well ones first.
+    async fn find_holders(&self, spec: &GoldenSpec, progress: &Progress) -> Result<Option<Named>> {
         let (state, key) = (&self.share, spec.key());
-        let mut peers: Vec<&Peer> = state.peers.iter().collect();
-        peers.sort_by_key(|peer| state.health.aside(&peer.name).is_some());
-        let mut named: Vec<(GoldenManifest, Vec<&Peer>)> = Vec::new();
-        for peer in peers {
+        let mut all: Vec<Named> = Vec::new();
+        for holder in &state.holders {
             progress.check()?;
             // Building is better than waiting for somebody who was down a moment ago.
-            if state.health.aside(&peer.name).is_some() {
+            if state.health.aside(holder.name()).is_some() {
                 continue;
             }
-            match peer.manifest(&key).await.and_then(|bytes| GoldenManifest::parse(&bytes, spec)) {
-                Ok(manifest) => match named.iter_mut().find(|(other, _)| *other == manifest) {
-                    Some((_, peers)) => peers.push(peer),
-                    None => named.push((manifest, vec![peer])),
+            let offered = holder.offer(&key).await.and_then(|offer| {
+                let manifest = GoldenManifest::parse(&offer.manifest, spec)?;
+                let place = place(Arc::clone(holder), offer.layers, &manifest)?;
+                Ok((manifest, place))
+            });
+            match offered {
+                Ok((manifest, place)) => match all.iter_mut().find(|other| other.manifest == manifest) {
+                    Some(other) => other.places.push(place),
+                    None => all.push(Named { manifest, places: vec![place] }),
                 },
                 Err(error) if error.kind() == Kind::NotFound => {}
-                Err(error) => state.health.failed(&peer.name, &error),
+                Err(error) => state.health.failed(holder.name(), &error),
             }
         }
-        if named.len() > 1 {
-            let digests: Vec<String> = named.iter().map(|(manifest, peers)| format!("{} says {}", peers[0].name, manifest.identity())).collect();
-            tracing::warn!(golden = %key.hex(), "peers have different golden images of one key: {}", digests.join(", "));
+        if all.len() > 1 {
+            let say = |named: &Named| format!("{} says {}", named.places[0].holder.name(), named.manifest.identity());
+            let digests: Vec<String> = all.iter().map(say).collect();
+            tracing::warn!(golden = %key.hex(), "there are different golden images of one key: {}", digests.join(", "));
         }
-        let most = named.iter().map(|(_, peers)| peers.len()).max().unwrap_or(0);
-        // Of two that equally many name, that of the peer which is configured first.
-        let chosen = named.into_iter().find(|(_, peers)| peers.len() == most);
+        let most = all.iter().map(|named| named.places.len()).max().unwrap_or(0);
         if most > 0 && most < self.config.share.agree {
-            tracing::warn!(golden = %key.hex(), "{most} peers name the same golden image, {} are wanted", self.config.share.agree);
+            tracing::warn!(golden = %key.hex(), "{most} name the same golden image, {} are wanted", self.config.share.agree);
         }
-        Ok(chosen.filter(|(_, peers)| peers.len() >= self.config.share.agree))
+        // Of two that equally many name, that of the holder which is configured first.
+        Ok(all.into_iter().find(|named| named.places.len() == most).filter(|named| named.places.len() >= self.config.share.agree))
     }
+}
+
+/// Whether the golden that is here or there is the one that the caller means.
+fn same_digest(key: &Digest, actual: Digest, wanted: Option<Digest>) -> Result<()> {
+    match wanted.filter(|wanted| *wanted != actual) {
+        None => Ok(()),
+        Some(wanted) => {
+            let why = format!("the golden image has digest {actual}, {wanted} is wanted");
+            Err(Error::new(Kind::Corrupt, Stage::Golden, key.hex(), why).with_reason("DIGEST_MISMATCH"))
+        }
+    }
+}
+
+/// A holder that says where the chunks are says it of every chunk.
+fn place(holder: Arc<dyn Holder>, layers: Vec<Layer>, manifest: &GoldenManifest) -> Result<Place> {
+    if !layers.is_empty() && layers.len() != manifest.chunks.len() {
+        let why = format!("{} has {} layers for {} chunks", holder.name(), layers.len(), manifest.chunks.len());
+        return Err(Error::new(Kind::Corrupt, Stage::Golden, manifest.key.hex(), why).with_reason("GOLDEN_MANIFEST"));
+    }
+    Ok(Place { holder, layers })
 }
 
 impl Pull<'_> {
@@ -168,30 +266,38 @@ impl Pull<'_> {
 
     async fn fetch_chunk(&self, chunk: Chunk) -> Result<()> {
         let mut failures = Vec::new();
-        for peer in &self.peers {
+        let (mut kind, last) = (Kind::Unavailable, self.places.len());
+        for place in &self.places {
+            let name = place.holder.name();
             self.progress.check()?;
-            if self.health.aside(&peer.name).is_some() && self.peers.len() > failures.len() + 1 {
+            if self.health.aside(name).is_some() && last > failures.len() + 1 {
                 continue;
             }
-            match self.ask(peer, &chunk).await {
+            match self.ask(place, &chunk).await {
                 Ok(()) => return Ok(()),
                 Err(error) if error.stage() != Stage::Golden || matches!(error.kind(), Kind::NoSpace | Kind::Cancelled) => return Err(error),
                 Err(error) => {
                     if error.kind() != Kind::NotFound {
-                        self.health.failed(&peer.name, &error);
+                        self.health.failed(name, &error);
+                    }
+                    // A lone holder that has wrong bytes has them the next time too.
+                    if last == 1 && error.kind() == Kind::Corrupt {
+                        kind = Kind::Corrupt;
                     }
                     failures.push(error.chain());
                 }
             }
         }
-        let message = format!("no peer gave chunk {}: {}", chunk.index, failures.join("; "));
-        Err(Error::new(Kind::Unavailable, Stage::Golden, self.key.hex(), message).with_reason("GOLDEN_PEERS"))
+        let message = format!("nobody gave chunk {}: {}", chunk.index, failures.join("; "));
+        Err(Error::new(kind, Stage::Golden, self.key.hex(), message).with_reason("GOLDEN_PEERS"))
     }
 
-    async fn ask(&self, peer: &Peer, chunk: &Chunk) -> Result<()> {
-        let compressed = peer.chunk(&self.key, chunk.index).await?;
+    async fn ask(&self, place: &Place, chunk: &Chunk) -> Result<()> {
+        let position = self.manifest.chunks.binary_search_by_key(&chunk.index, |chunk| chunk.index).ok();
+        let layer = position.and_then(|position| place.layers.get(position));
+        let compressed = place.holder.chunk(Wanted { key: &self.key, chunk, layer }).await?;
         let (file, path, pacer, progress) = (Arc::clone(&self.file), self.path.clone(), Arc::clone(&self.pacer), self.progress.clone());
-        let (chunk, name, len) = (chunk.clone(), peer.name.clone(), chunk_len(self.manifest.spec.size_bytes, chunk.index));
+        let (chunk, name, len) = (chunk.clone(), place.holder.name().to_owned(), chunk_len(self.manifest.spec.size_bytes, chunk.index));
         blocking(Stage::Golden, move || {
             let bytes = verified(&compressed, &chunk, len, &name)?;
             pacer.take(len, &progress)?;

@@ -133,12 +133,7 @@ async fn encoded_manifest(shared: &Shared, key: Digest) -> Result<Arc<Vec<u8>>> 
     }
     let _permit = shared.compressions.acquire().await;
     let dir = engine.store.golden_dir(&key);
-    let bytes = blocking(Stage::Store, move || {
-        let manifest = GoldenManifest::of(&dir, &record)?;
-        let bytes = serde_json::to_vec(&manifest);
-        bytes.map_err(|error| Error::internal(Stage::Store, record.key.hex(), "encode the manifest").with_source(error))
-    })
-    .await?;
+    let bytes = blocking(Stage::Store, move || super::push::encode(&GoldenManifest::of(&dir, &record)?)).await?;
     let bytes = Arc::new(bytes);
     engine.share.keep_manifest(key, &bytes);
     Ok(bytes)

@@ -171,6 +171,29 @@ impl Fetcher {
     }
 }
 
+impl Fetcher {
+    /// The client for a URL that a server named, when the policy lets it be asked.
+    pub(crate) fn guarded(&self, url: &Url) -> Result<&reqwest::Client> {
+        self.config.rules(url).1.policy.check_url(url)?;
+        self.clients.of(&self.config, url, false)
+    }
+
+    /// Follows the redirects of an answer that came from `at`, each under the policy, with these headers and no others.
+    pub(crate) async fn follow(&self, mut response: Response, mut at: Url, headers: &HeaderMap, patience: Duration) -> Result<Response> {
+        let redirects_max = self.config.rules(&at).1.redirects_max;
+        for _ in 0..redirects_max {
+            let Some(next) = redirect(&at, &response)? else { return Ok(response) };
+            let sent = tokio::time::timeout(patience, self.guarded(&next)?.get(next.clone()).headers(headers.clone()).send()).await;
+            response = sent.map_err(|_| stalled(&next, patience, "did not answer"))?.map_err(|error| failed(&next, "ask for it", error).error)?;
+            at = next;
+        }
+        match redirect(&at, &response)? {
+            None => Ok(response),
+            Some(_) => Err(bad_answer(&at, &format!("redirects more than {redirects_max} times")).with_reason("TOO_MANY_REDIRECTS")),
+        }
+    }
+}
+
 /// Runs on a blocking thread, until the other end is dropped or the disk fails.
 fn write_chunks<C: AsRef<[u8]>>(mut receive: mpsc::Receiver<C>, writer: &mut DigestWriter) -> Result<()> {
     while let Some(chunk) = receive.blocking_recv() {

@@ -285,3 +285,17 @@ async fn a_damaged_golden_is_found_on_use_and_by_a_scrub_and_made_anew_unless_vo
     assert!(found.len() == 1 && found[0].kind == "blob" && found[0].quarantined && !blob.exists(), "{found:?}");
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_registries_and_buckets_nothing_is_pushed_or_pulled() {
+    let mut daemon = Daemon::start().await;
+    let golden_key = "0".repeat(64);
+    assert!(daemon.shares.list_remotes(proto::ListRemotesRequest {}).await.expect("listed").into_inner().remotes.is_empty());
+    let push = proto::PushGoldenRequest { remote: "r".into(), golden_key: golden_key.clone() };
+    assert_eq!(daemon.shares.push_golden(push).await.expect_err("no such remote").code(), tonic::Code::NotFound);
+    let pull = proto::PullGoldenRequest { remote: "r".into(), golden_key: "x".into(), ..Default::default() };
+    assert_eq!(daemon.shares.pull_golden(pull).await.expect_err("no key").code(), tonic::Code::InvalidArgument);
+    let pull = proto::PullGoldenRequest { remote: "r".into(), golden_key, digest: "x".into(), ..Default::default() };
+    assert_eq!(daemon.shares.pull_golden(pull).await.expect_err("no digest").code(), tonic::Code::InvalidArgument);
+    daemon.stop().await;
+}

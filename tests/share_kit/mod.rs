@@ -18,10 +18,8 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::{
-    pki::free_port,
-    support::{self, Daemon, member},
-};
+pub use crate::pki::free_port;
+use crate::support::{self, Daemon, member};
 
 /// Where the tarball is said to be; nobody is there.
 const URL: &str = "https://deb.example/small.tar";

@@ -45,6 +45,7 @@ const CATALOGUE: &str = "cloudlet.v1.CatalogueService";
 const HOST: &str = "cloudlet.v1.HostService";
 const IMAGE: &str = "cloudlet.v1.ImageService";
 const RENDER: &str = "cloudlet.v1.RenderService";
+const SHARE: &str = "cloudlet.v1.ShareService";
 const STORE: &str = "cloudlet.v1.StoreService";
 const VOLUME: &str = "cloudlet.v1.VolumeService";
 const HEALTH: &str = "grpc.health.v1.Health";
@@ -87,6 +88,12 @@ pub const RULES: &[Rule] = &[
     rule(RENDER, "Prerender", Role::Render, Scope::Host, Effect::Changes),
     rule(RENDER, "ListGoldens", Role::Read, Scope::Host, Effect::Reads),
     rule(RENDER, "DeleteGolden", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(SHARE, "ListRemotes", Role::Read, Scope::Host, Effect::Reads),
+    // What goes out goes to everybody who reads the remote, and what comes in takes space from everybody.
+    rule(SHARE, "PushGolden", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(SHARE, "PullGolden", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(SHARE, "PushBlob", Role::Admin, Scope::Everywhere, Effect::Changes),
+    rule(SHARE, "PullBlob", Role::Admin, Scope::Everywhere, Effect::Changes),
     // What is held takes space from everybody.
     rule(STORE, "CreateLease", Role::Render, Scope::Everywhere, Effect::Changes),
     rule(STORE, "ReleaseLease", Role::Render, Scope::Everywhere, Effect::Changes),
