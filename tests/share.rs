@@ -234,7 +234,7 @@ async fn only_allowed_addresses_and_certificates_are_answered() {
         config.share.allow.clear();
         config.share.tls = true;
         let tls = Tls::new(files.join("server.pem"), files.join("server.key"), files.join("ca.pem"));
-        config.listen.tls = Some(Tls { client_crl: Some(files.join("crl.pem")), ..tls });
+        config.listen.tls = Some(Tls { client_crl: Some(files.join("crl.pem")), reload_interval_secs: 1, ..tls });
     })
     .await;
     let image = image_named(&mut builder, &tar).await;
@@ -261,6 +261,19 @@ async fn only_allowed_addresses_and_certificates_are_answered() {
         let id = taker.start_render("a", spec(&same, "web1")).await.expect("accepted").render.expect("a render").id;
         assert_eq!(taker.wait(&id).await.state(), expected, "{name}");
         taker.stop().await;
+    }
+    // Over a connection that is open when the list changes.
+    let (certificate, key) = ours.issue_with("host", |params| params.serial_number = Some(3u64.into()));
+    let identity = reqwest::Identity::from_pem(format!("{certificate}{key}").as_bytes()).expect("an identity");
+    let ca = reqwest::Certificate::from_pem(&std::fs::read(dir.path().join("ca.pem")).expect("read")).expect("a certificate");
+    let host = reqwest::Client::builder().no_proxy().tls_certs_only([ca]).identity(identity).build().expect("a client");
+    let status = async || host.head(format!("{url}/v1/blobs/{digest}")).send().await.expect("an answer").status().as_u16();
+    assert_eq!(status().await, 200, "it may ask");
+    std::fs::write(dir.path().join("crl.pem"), ours.revoking(&[2, 3], 2100)).expect("written");
+    let begun = std::time::Instant::now();
+    while status().await != 403 {
+        assert!(begun.elapsed() < std::time::Duration::from_secs(20), "a revoked host still reads");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
     builder.stop().await;
 }

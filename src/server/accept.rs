@@ -17,11 +17,12 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use crate::api::authorise::{Certificate, Identity, Peer, Rules};
+use super::tls::{Certificates, Vouched};
+use crate::api::authorise::{Certificate, Identity, Peer, Rules, StillGood};
 
 /// Connections of callers that no rule names, at one time.
 pub const STRANGERS_MAX: usize = 64;
@@ -122,11 +123,11 @@ impl Door {
     }
 
     /// The connection with its peer, unless there are too many.
-    fn enter(&self, io: Io, identity: Identity) -> Option<Connection> {
+    fn enter(&self, io: Io, identity: Identity, still_good: Option<StillGood>) -> Option<Connection> {
         let grants = self.rules.grants(&identity);
         let (semaphore, limit) = if grants.is_some() { (&self.callers, "listen.max_connections") } else { (&self.strangers, "strangers") };
         match Arc::clone(semaphore).try_acquire_owned() {
-            Ok(permit) => Some(Connection { io, peer: Peer { identity: Arc::new(identity), grants }, _permit: permit }),
+            Ok(permit) => Some(Connection { io, peer: Peer { identity: Arc::new(identity), grants, still_good }, _permit: permit }),
             Err(_) => {
                 tracing::warn!(caller = %identity, limit, "connection closed: there are too many");
                 None
@@ -179,11 +180,11 @@ async fn of_process(door: &Door, stream: UnixStream) -> Option<Connection> {
     } else {
         Identity::of_process(uid, gid, pid, false)
     };
-    door.enter(Io::Unix(stream), identity)
+    door.enter(Io::Unix(stream), identity, None)
 }
 
-/// Connections of a TCP socket; `tls` gives the acceptor for the next one, none for connections in the clear. Ends when the receiver is dropped.
-pub fn tcp(listener: TcpListener, door: Door, tls: impl Fn() -> Option<TlsAcceptor> + Send + 'static) -> Incoming {
+/// Connections of a TCP socket, in the clear without `tls`. Ends when the receiver is dropped.
+pub fn tcp(listener: TcpListener, door: Door, tls: Option<Arc<Certificates>>) -> Incoming {
     let (sender, receiver) = mpsc::channel(AHEAD);
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     tokio::spawn(async move {
@@ -200,8 +201,8 @@ pub fn tcp(listener: TcpListener, door: Door, tls: impl Fn() -> Option<TlsAccept
             };
             // Answers are small and there is no reason to wait for more of them.
             let _ = stream.set_nodelay(true);
-            let Some(acceptor) = tls() else {
-                deliver(&sender, door.enter(Io::Tcp(stream), Identity::Tcp { address: Some(address) })).await;
+            let Some(certificates) = tls.clone() else {
+                deliver(&sender, door.enter(Io::Tcp(stream), Identity::Tcp { address: Some(address) }, None)).await;
                 continue;
             };
             let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
@@ -210,7 +211,7 @@ pub fn tcp(listener: TcpListener, door: Door, tls: impl Fn() -> Option<TlsAccept
             };
             let (door, sender) = (door.clone(), sender.clone());
             tokio::spawn(async move {
-                let connection = shake_hands(&door, &acceptor, stream, address).await;
+                let connection = shake_hands(&door, &certificates, stream, address).await;
                 drop(permit);
                 deliver(&sender, connection).await;
             });
@@ -219,8 +220,9 @@ pub fn tcp(listener: TcpListener, door: Door, tls: impl Fn() -> Option<TlsAccept
     ReceiverStream::new(receiver)
 }
 
-async fn shake_hands(door: &Door, acceptor: &TlsAcceptor, stream: TcpStream, address: std::net::SocketAddr) -> Option<Connection> {
-    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+async fn shake_hands(door: &Door, certificates: &Arc<Certificates>, stream: TcpStream, address: std::net::SocketAddr) -> Option<Connection> {
+    let generation = certificates.generation();
+    let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, certificates.acceptor().accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             tracing::info!(%address, %error, "TLS handshake failed");
@@ -232,14 +234,17 @@ async fn shake_hands(door: &Door, acceptor: &TlsAcceptor, stream: TcpStream, add
         }
     };
     // The verifier demands a certificate; that there is one is checked again, because everything depends on it.
-    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()).map(|der| Certificate::of(der, Some(address)));
-    match certificate {
-        Some(Ok(certificate)) => door.enter(Io::Tls(Box::new(stream)), Identity::Certificate(Box::new(certificate))),
-        Some(Err(error)) => {
+    let chain = stream.get_ref().1.peer_certificates()?;
+    let vouched = Vouched::new(certificates, chain, generation);
+    match Certificate::of(chain.first()?, Some(address)) {
+        Ok(certificate) => {
+            let is_good: StillGood = Arc::new(move || vouched.is_good());
+            door.enter(Io::Tls(Box::new(stream)), Identity::Certificate(Box::new(certificate)), Some(is_good))
+        }
+        Err(error) => {
             tracing::warn!(%address, error = %error.chain(), "connection closed: the client certificate can't be read");
             None
         }
-        None => None,
     }
 }
 

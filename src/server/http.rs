@@ -3,7 +3,13 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::Router;
+use axum::{
+    Router,
+    extract::{Request, State},
+    http::StatusCode,
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -11,10 +17,9 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::JoinSet,
 };
-use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
-use super::tls::Certificates;
+use super::tls::{Certificates, Vouched};
 use crate::source::Network;
 
 /// For a handshake, and for the head of a request; a connection that asks for nothing is closed after it too.
@@ -37,10 +42,6 @@ pub struct Door {
 }
 
 impl Door {
-    fn acceptor(&self) -> Option<TlsAcceptor> {
-        self.certificates.as_ref().map(|certificates| certificates.http1_acceptor())
-    }
-
     fn admits(&self, from: &SocketAddr) -> bool {
         let address = from.ip().to_canonical();
         self.allow.is_empty() || self.allow.iter().any(|network| network.contains(address))
@@ -67,7 +68,7 @@ pub async fn serve(listener: TcpListener, door: Door, router: Router, stop: impl
         let Ok(permit) = permit else { break };
         match accepted {
             Ok((stream, from)) if door.admits(&from) => {
-                tasks.spawn(connection(stream, door.acceptor(), router.clone(), permit, stopping.subscribe()));
+                tasks.spawn(connection(stream, door.certificates.clone(), router.clone(), permit, stopping.subscribe()));
             }
             Ok((_, from)) => tracing::debug!(%from, "an address that may not read from this host"),
             Err(error) => {
@@ -80,16 +81,31 @@ pub async fn serve(listener: TcpListener, door: Door, router: Router, stop: impl
     while tasks.join_next().await.is_some() {}
 }
 
-async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, router: Router, permit: OwnedSemaphorePermit, stopping: watch::Receiver<bool>) {
+async fn connection(
+    stream: TcpStream,
+    tls: Option<Arc<Certificates>>,
+    router: Router,
+    permit: OwnedSemaphorePermit,
+    stopping: watch::Receiver<bool>,
+) {
     let _permit = permit;
     // Without it such a client only lasts longer.
     let _ = socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(UNSENT_TIMEOUT));
-    let Some(tls) = tls else { return converse(stream, router, stopping).await };
-    match tokio::time::timeout(REQUEST_TIMEOUT, tls.accept(stream)).await {
-        Ok(Ok(stream)) => converse(stream, router, stopping).await,
+    let Some(certificates) = tls else { return converse(stream, router, stopping).await };
+    let generation = certificates.generation();
+    match tokio::time::timeout(REQUEST_TIMEOUT, certificates.http1_acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => {
+            let vouched = Arc::new(Vouched::new(&certificates, stream.get_ref().1.peer_certificates().unwrap_or_default(), generation));
+            converse(stream, router.layer(from_fn_with_state(vouched, while_good)), stopping).await
+        }
         Ok(Err(error)) => tracing::debug!(%error, "a host without a certificate of ours"),
         Err(_) => tracing::debug!("a TLS handshake that does not end"),
     }
+}
+
+/// Refuses a client that was let in and would not be now.
+async fn while_good(State(vouched): State<Arc<Vouched>>, request: Request, next: Next) -> Response {
+    if vouched.is_good() { next.run(request).await } else { StatusCode::FORBIDDEN.into_response() }
 }
 
 async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin, router: Router, mut stopping: watch::Receiver<bool>) {

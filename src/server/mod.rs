@@ -89,8 +89,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     if let Some(tcp) = tcp {
         let router = router(&engine, &certificates, layer.clone(), health.clone())?;
         let acceptors = certificates.clone();
-        let (wait, incoming) =
-            (until(stopping.clone()), accept::tcp(tcp, door.clone(), move || acceptors.as_ref().map(|certificates| certificates.acceptor())));
+        let (wait, incoming) = (until(stopping.clone()), accept::tcp(tcp, door.clone(), acceptors));
         tasks.spawn(async move { router.serve_with_incoming_shutdown(incoming, wait).await });
     }
     if let (Some(address), Some(directory)) = (config.publish.listen, config.publish.directory.clone()) {

@@ -2,18 +2,21 @@
 //!
 //! Certificate, key, authorities and revocations are read again when one of the files changes (looked at every `listen.tls.reload_interval_secs`) and on
 //! SIGHUP, all or nothing: files that can't be read, don't fit together or have ended leave what was there in force, which the log and GetHostInfo say. A
-//! connection keeps what it was made with; its client's certificate is held to its end, and revocation shows when the client connects again.
+//! connection keeps the keys it was made with; its client's certificate is verified again when something was loaded since ([`Vouched`]).
 
 use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use rustls::{
     RootCertStore, ServerConfig, SupportedProtocolVersion,
-    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem::PemObject},
+    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
 };
 use tokio_rustls::TlsAcceptor;
@@ -35,6 +38,44 @@ const ENDS_SOON_SECS: i64 = 7 * 24 * 3600;
 pub struct Certificates {
     config: Tls,
     state: Mutex<State>,
+    /// Counts what was loaded.
+    generation: AtomicU64,
+}
+
+/// The certificate of a connection's client, as long as it is vouched for.
+pub struct Vouched {
+    certificates: Arc<Certificates>,
+    chain: Vec<CertificateDer<'static>>,
+    /// By what was loaded then.
+    generation: AtomicU64,
+}
+
+impl Vouched {
+    /// Of a client that has just shown it. `generation` is from before the handshake.
+    pub fn new(certificates: &Arc<Certificates>, chain: &[CertificateDer<'_>], generation: u64) -> Vouched {
+        let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        Vouched { certificates: Arc::clone(certificates), chain, generation: AtomicU64::new(generation) }
+    }
+
+    /// Whether authorities and revocations that are in force now let it in. Looks at the certificate only when they are others than the last time.
+    pub fn is_good(&self) -> bool {
+        let now = self.certificates.generation();
+        if self.generation.load(Ordering::Acquire) == now {
+            return true;
+        }
+        let verifier = Arc::clone(&self.certificates.state().loaded.verifier);
+        let Some((leaf, others)) = self.chain.split_first() else { return false };
+        match verifier.verify_client_cert(leaf, others, UnixTime::now()) {
+            Ok(_) => {
+                self.generation.store(now, Ordering::Release);
+                true
+            }
+            Err(error) => {
+                tracing::info!(%error, "a connected client is not vouched for any more");
+                false
+            }
+        }
+    }
 }
 
 struct State {
@@ -48,6 +89,7 @@ struct State {
 struct Loaded {
     acceptor: TlsAcceptor,
     http1: TlsAcceptor,
+    verifier: Arc<dyn ClientCertVerifier>,
     fingerprint: Digest,
     not_before: i64,
     not_after: i64,
@@ -76,7 +118,7 @@ impl Certificates {
         let tried = stamps(config);
         let loaded = load(config)?;
         warn_of_end(&loaded);
-        Ok(Arc::new(Certificates { config: config.clone(), state: Mutex::new(State { loaded, tried, error: None }) }))
+        Ok(Arc::new(Certificates { config: config.clone(), state: Mutex::new(State { loaded, tried, error: None }), generation: AtomicU64::new(0) }))
     }
 
     /// For the next connection.
@@ -87,6 +129,11 @@ impl Certificates {
     /// The same for readers of shared files, who speak HTTP/1.1.
     pub fn http1_acceptor(&self) -> TlsAcceptor {
         self.state().loaded.http1.clone()
+    }
+
+    /// Changes whenever something is loaded.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
     }
 
     /// Whether a file is another than at the last try. Blocking.
@@ -108,6 +155,7 @@ impl Certificates {
                 tracing::info!(fingerprint = %loaded.fingerprint, not_after = loaded.not_after, "certificates reloaded");
                 state.loaded = loaded;
                 state.error = None;
+                self.generation.fetch_add(1, Ordering::AcqRel);
                 Ok(())
             }
             Err(error) => {
@@ -168,10 +216,11 @@ fn load(tls: &Tls) -> Result<Loaded> {
     let leaf = chain.first().cloned().ok_or_else(|| Error::internal(Stage::Config, "listen.tls.certificate", "an empty chain passed"))?;
     let (_, parsed) = X509Certificate::from_der(&leaf).map_err(|error| unfit(&tls.certificate, "is not a certificate", error))?;
     let key = PrivateKeyDer::from_pem_slice(&read(&tls.key)?).map_err(|error| unfit(&tls.key, "has no private key in PEM form", error))?;
-    let mut config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+    let verifier = verifier(tls, Arc::clone(&provider))?;
+    let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(versions)
         .map_err(|error| unfit(&tls.certificate, "can't be used", error))?
-        .with_client_cert_verifier(verifier(tls, provider)?)
+        .with_client_cert_verifier(Arc::clone(&verifier))
         .with_single_cert(chain, key)
         .map_err(|error| unfit(&tls.certificate, "does not fit its key", error))?;
     // A resumed session would not look at the client's certificate again: revoked or ended, it would still open the door.
@@ -185,6 +234,7 @@ fn load(tls: &Tls) -> Result<Loaded> {
     Ok(Loaded {
         acceptor: acceptor(b"h2"),
         http1: acceptor(b"http/1.1"),
+        verifier,
         fingerprint: Digest::of(&leaf),
         not_before: parsed.validity().not_before.timestamp(),
         not_after: parsed.validity().not_after.timestamp(),

@@ -9,6 +9,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use tonic_types::StatusExt;
+
 use crate::{
     pki::{Authority, free_port},
     support::Daemon,
@@ -68,7 +70,7 @@ async fn status(channel: &Channel) -> TlsStatus {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn new_certificates_are_taken_without_a_restart_and_old_connections_live_on() {
+async fn new_certificates_are_taken_without_a_restart_and_connections_go_on_as_long_as_their_authority_is_one() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let (first, second) = (Authority::new(), Authority::new());
     let mut address = None;
@@ -83,28 +85,36 @@ async fn new_certificates_are_taken_without_a_restart_and_old_connections_live_o
     let before = status(&old).await;
     ask(second.endpoint(address, Some(second.issue("client")))).await.expect_err("the second authority is not known yet");
 
+    // A new server certificate, and both authorities for a while.
     second.write(dir.path());
+    std::fs::write(dir.path().join("ca.pem"), format!("{}{}", first.pem, second.pem)).expect("write");
     let client_of_second = second.issue("client");
     soon("the new certificates are in force", async || ask(second.endpoint(address, Some(client_of_second.clone()))).await.is_ok()).await;
     let after = status(&old).await;
     assert_ne!(before.certificate_sha256, after.certificate_sha256, "the old connection is answered, and says what is new");
     assert_eq!(after.reload_error, "");
+    let new = second.endpoint(address, Some(client_of_second.clone())).connect().await.expect("a client of the second authority");
+    std::fs::write(dir.path().join("ca.pem"), &second.pem).expect("write");
+    soon("the first authority is known no longer", async || {
+        HostServiceClient::new(old.clone()).get_host_info(GetHostInfoRequest {}).await.is_err_and(|status| status.code() == Code::Unauthenticated)
+    })
+    .await;
     ask(first.endpoint(address, Some(client_of_first))).await.expect_err("the first authority is known no longer");
 
     // What can't be used leaves what is there, and says so.
     for (file, text) in [("server.key", first.issue("localhost").1), ("server.pem", "nothing".to_owned()), ("ca.pem", String::new())] {
         let whole = std::fs::read(dir.path().join(file)).expect("read");
         std::fs::write(dir.path().join(file), text).expect("write");
-        soon("the error is told", async || !status(&old).await.reload_error.is_empty()).await;
-        assert!(status(&old).await.reload_error.contains(&*dir.path().to_string_lossy()), "{}", status(&old).await.reload_error);
+        soon("the error is told", async || !status(&new).await.reload_error.is_empty()).await;
+        assert!(status(&new).await.reload_error.contains(&*dir.path().to_string_lossy()), "{}", status(&new).await.reload_error);
         ask(second.endpoint(address, Some(client_of_second.clone()))).await.expect("the certificates before are in force");
         std::fs::write(dir.path().join(file), whole).expect("write");
-        soon("the error is gone", async || status(&old).await.reload_error.is_empty()).await;
+        soon("the error is gone", async || status(&new).await.reload_error.is_empty()).await;
     }
     let (ended, key) = second.issue_with("localhost", |params| params.not_after = rcgen::date_time_ymd(2021, 1, 1));
     std::fs::write(dir.path().join("server.pem"), ended).expect("write");
     std::fs::write(dir.path().join("server.key"), key).expect("write");
-    soon("a certificate that has ended is not taken", async || status(&old).await.reload_error.contains("is valid from")).await;
+    soon("a certificate that has ended is not taken", async || status(&new).await.reload_error.contains("is valid from")).await;
     ask(second.endpoint(address, Some(client_of_second))).await.expect("the certificates before are in force");
     daemon.stop().await;
 }
@@ -155,8 +165,23 @@ async fn ended_early_and_revoked_client_certificates_are_refused() {
     let for_servers = authority.issue_with("client", |params| params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth]);
     of(&for_servers).await.expect_err("a certificate for servers only");
 
+    // Connections that are open when the list changes.
+    let open = async |identity: &(String, String)| {
+        let channel = authority.endpoint(address, Some(identity.clone())).connect().await.expect("nobody is revoked");
+        HostServiceClient::new(channel)
+    };
+    let (mut open_good, mut open_bad) = (open(&good).await, open(&bad).await);
+    for client in [&mut open_good, &mut open_bad] {
+        client.get_host_info(GetHostInfoRequest {}).await.expect("nobody is revoked");
+    }
     std::fs::write(&path, authority.revoking(&[2], 2100)).expect("write");
     soon("the revoked client is refused", async || of(&bad).await.is_err()).await;
+    let refused = open_bad.get_host_info(GetHostInfoRequest {}).await.expect_err("revoked while connected");
+    assert_eq!(
+        (refused.code(), refused.get_error_details().error_info().expect("why").reason.as_str()),
+        (Code::Unauthenticated, "CERTIFICATE_REVOKED")
+    );
+    open_good.get_host_info(GetHostInfoRequest {}).await.expect("the other is not");
     of(&good).await.expect("the other is not");
     std::fs::write(&path, authority.revoking(&[], 2025)).expect("write");
     soon("a list whose time is over vouches for nobody", async || of(&good).await.is_err()).await;

@@ -13,13 +13,18 @@ use crate::{
     render::quota::Claim,
 };
 
+/// Whether the certificate of a connection's client is still vouched for; asked before each call.
+pub type StillGood = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// The other end of a connection with what it is granted: found out once, when the connection is made.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Peer {
     /// Who it is.
     pub identity: Arc<Identity>,
     /// What it may do; nothing for somebody whom no rule names.
     pub grants: Option<Arc<Grants>>,
+    /// Whether it may go on; nothing for those who showed no certificate.
+    pub still_good: Option<StillGood>,
 }
 
 /// What services note of a call for the audit log: names and digests, no content.

@@ -120,6 +120,10 @@ fn admit(path: &str, peer: Option<&Peer>) -> Result<(Caller, &'static Rule), Sta
     if peer.identity.has_expired(now_secs()) {
         return Err(unauthenticated("the client certificate has ended since the connection was made", "CERTIFICATE_EXPIRED"));
     }
+    if peer.still_good.as_ref().is_some_and(|still_good| !still_good()) {
+        let why = "the client certificate has been revoked, or its authority is no longer one, since the connection was made";
+        return Err(unauthenticated(why, "CERTIFICATE_REVOKED"));
+    }
     let Some(grants) = &peer.grants else {
         let why = format!("{} may not call cloudletd", peer.identity);
         let error = Error::new(Kind::PermissionDenied, Stage::Request, path, why).with_reason("CALLER_NOT_ALLOWED");
@@ -170,7 +174,7 @@ mod tests {
     fn peer(everywhere: Option<Role>, pool: Option<Role>) -> Peer {
         let pools = pool.map(|role| ("a".parse().expect("valid"), role)).into_iter().collect();
         let grants = Grants { owner: "x".into(), everywhere, pools, platforms: None, image_hosts: None, limits: Default::default() };
-        Peer { identity: Arc::new(Identity::of_process(7, 7, None, false)), grants: Some(Arc::new(grants)) }
+        Peer { identity: Arc::new(Identity::of_process(7, 7, None, false)), grants: Some(Arc::new(grants)), still_good: None }
     }
 
     fn code(path: &str, peer: Option<&Peer>) -> Code {

@@ -1,7 +1,8 @@
 //! Who may do what. Default is deny.
 //!
 //! ```text
-//! connection ─ identity ─ rules ─▶ Peer {identity, grants}      once per connection: SO_PEERCRED (unix(7)) or the client's certificate
+//! connection ─ identity ─ rules ─▶ Peer {identity, grants}      once per connection: SO_PEERCRED (unix(7)) or the client's certificate,
+//!                                                                which is verified again when authorities or revocations change
 //! call ─ layer ─ table: the method's role ─▶ Caller             every call of every service, also health and reflection; what is not in the table is refused
 //!                   rate: calls a second of the owner; audit: what was denied, what changes something
 //! service ─ Caller::check_pool, Caller::sees                    where the pool is known
@@ -18,7 +19,7 @@ mod rate;
 mod rules;
 pub mod table;
 
-pub use caller::{Caller, Notes, Peer};
+pub use caller::{Caller, Notes, Peer, StillGood};
 pub use identity::{Certificate, Identity};
 pub use layer::{AccessLayer, AccessService};
 pub use rate::Rates;
