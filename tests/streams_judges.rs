@@ -199,6 +199,64 @@ async fn readers_see_one_generation_and_files_outlive_it_by_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_changes_is_published_by_itself_and_what_does_not_is_left_alone() {
+    let (key, dir) = (Key::new("ed25519"), tempfile::tempdir().expect("a directory"));
+    let tree = dir.path().join("published");
+    let publish = Publish { directory: Some(tree.clone()), secret_key: Some(key.path("secret.gpg")), interval_secs: 1, ..Publish::default() };
+    let mut daemon = Daemon::start_in(dir.path(), |config| config.publish = publish.clone()).await;
+    let generation = || fs::read_link(tree.join("streams/v1")).ok();
+    let pause = || tokio::time::sleep(std::time::Duration::from_millis(100));
+    // The generation after `before`, which the document says something in.
+    let next = |before: Option<PathBuf>, says: &'static str| {
+        let tree = tree.clone();
+        async move {
+            for _ in 0..200 {
+                let document = fs::read_to_string(tree.join(format!("streams/v1/{CONTENT}.json"))).unwrap_or_default();
+                let now = fs::read_link(tree.join("streams/v1")).ok();
+                if now.is_some() && now != before && document.contains(says) {
+                    return now;
+                }
+                pause().await;
+            }
+            panic!("{says} was not published");
+        }
+    };
+    let empty = next(None, "products").await;
+    let image = named_image(&mut daemon, "debian/12", "20261101", "one").await;
+    let first = next(empty, "20261101").await;
+    key.gpg(&["--verify", tree.join(format!("streams/v1/{CONTENT}.sjson")).to_str().expect("UTF-8")]);
+    // Several looks later, and after a restart, readers still see the same.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(generation(), first);
+    daemon.stop().await;
+    let mut daemon = Daemon::start_in(dir.path(), |config| config.publish = publish.clone()).await;
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(generation(), first);
+    // A file that somebody removed is put back; a version that is deprecated goes; another key signs anew.
+    let files = || fs::read_dir(tree.join("images")).expect("a directory").map(|entry| entry.expect("read").path()).collect::<Vec<_>>();
+    let removed = files().remove(0);
+    fs::remove_file(&removed).expect("removed");
+    let second = next(first, "20261101").await;
+    assert!(removed.exists());
+    daemon.catalogue.deprecate_image(proto::DeprecateImageRequest { image, reason: "old".into(), ..Default::default() }).await.expect("deprecated");
+    for _ in 0..200 {
+        if !fs::read_to_string(tree.join(format!("streams/v1/{CONTENT}.json"))).unwrap_or_default().contains("20261101") {
+            break;
+        }
+        pause().await;
+    }
+    let third = generation();
+    assert_ne!(third, second);
+    daemon.stop().await;
+    let other = Key::new("ed25519");
+    let resigned = Publish { secret_key: Some(other.path("secret.gpg")), ..publish };
+    let daemon = Daemon::start_in(dir.path(), |config| config.publish = resigned).await;
+    next(third, "products").await;
+    other.gpg(&["--verify", tree.join("streams/v1/index.sjson").to_str().expect("UTF-8")]);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_host_takes_from_the_other_what_it_published() {
     use cloudletd::{
         config::streams::{SignaturePolicy, StreamConfig, SyncMode},

@@ -109,13 +109,23 @@ pub struct Publish {
     pub platforms: Option<PathBuf>,
     /// Address and port that the tree is served at, read-only HTTP. Default: not by this daemon.
     pub listen: Option<SocketAddr>,
+    /// Seconds between two looks whether something has changed, which is then published. 0: only when a call asks for it.
+    pub interval_secs: u64,
     /// Whether `/blobs/sha256/HEX` is served there too: root filesystems of catalogued images, fetched first when they are not here yet.
     pub blobs: bool,
 }
 
 impl Default for Publish {
     fn default() -> Self {
-        Publish { directory: None, content_id: "cloudlets:released:download".into(), secret_key: None, platforms: None, listen: None, blobs: false }
+        Publish {
+            directory: None,
+            content_id: "cloudlets:released:download".into(),
+            secret_key: None,
+            platforms: None,
+            listen: None,
+            interval_secs: 0,
+            blobs: false,
+        }
     }
 }
 
@@ -160,6 +170,9 @@ pub(super) fn check(streams: &[StreamConfig], publish: &Publish) -> Result<()> {
     }
     if publish.blobs && publish.listen.is_none() {
         return wrong("publish.blobs", "needs publish.listen".into());
+    }
+    if publish.directory.is_none() && publish.interval_secs > 0 {
+        return wrong("publish.interval_secs", "needs publish.directory".into());
     }
     if publish.directory.is_none() && (publish.listen.is_some() || publish.secret_key.is_some()) {
         return wrong("publish.directory", "is required for publish.listen and publish.secret_key".into());

@@ -124,12 +124,14 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let preparing = tokio::spawn(crate::render::prerender::prepare_all(Arc::clone(&engine)));
     let collecting = tokio::spawn(crate::render::collect::collect_regularly(Arc::clone(&engine)));
     let syncing = tokio::spawn(crate::streams::sync::run(Arc::clone(&engine)));
+    let publishing = tokio::spawn(crate::streams::publish::publish_regularly(Arc::clone(&engine)));
     let scrubbing = tokio::spawn(crate::render::verify::scrub_regularly(Arc::clone(&engine)));
 
     stopped.await;
     preparing.abort();
     collecting.abort();
     syncing.abort();
+    publishing.abort();
     reloading.abort();
     scrubbing.abort();
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

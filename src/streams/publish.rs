@@ -7,6 +7,7 @@
 //!     index.json   index.sjson
 //!     CONTENT.json CONTENT.sjson     images
 //!     PLATFORMS.json …               instance types
+//!     .content                       a digest of what is said, times left out, and of who signed
 //! ```
 //!
 //! Lists are published as lists, and as comma strings beside them: simplestreams' own tools drop fields that are lists.
@@ -64,10 +65,22 @@ struct Plan {
     skipped: Vec<(String, String)>,
 }
 
+/// The file of a generation that says what it consists of.
+const CONTENT_FILE: &str = ".content";
+
 impl Engine {
+    /// Publishes what [`Engine::publish_images`] would, unless the generation that readers see says the same. Blocking.
+    pub fn publish_changes(&self) -> Result<Option<Published>> {
+        self.publish_tree(true)
+    }
+
     /// Publishes every named image whose bytes are here and which is not deprecated. Blocking. `Kind::Unsupported` (`NOT_PUBLISHING`) without
     /// `publish.directory`. Readers see the tree of before or the new one.
     pub fn publish_images(&self) -> Result<Published> {
+        self.publish_tree(false)?.ok_or_else(|| Error::internal(Stage::Report, "publish", "nothing was published"))
+    }
+
+    fn publish_tree(&self, only_changes: bool) -> Result<Option<Published>> {
         let config = self.config.publish.clone();
         let directory = config.directory.clone().ok_or_else(|| {
             Error::new(Kind::Unsupported, Stage::Report, "publish.directory", "is not configured: nothing is published").with_reason("NOT_PUBLISHING")
@@ -79,23 +92,36 @@ impl Engine {
         let offered = self.instance_types()?;
         let prefix = prefix_of(&config.content_id);
         let platforms_id = format!("{prefix}:platforms");
-        let document = |content_id: &str, datatype: &str, products: Value| json!({"format": "products:1.0", "content_id": content_id, "datatype": datatype, "updated": date::format(now), "products": products});
-        let mut documents = vec![(config.content_id.clone(), document(&config.content_id, "image-downloads", json!(plan.products)))];
-        if !offered.is_empty() {
-            documents.push((platforms_id.clone(), platforms::document(&platforms_id, &offered, now)));
-        }
+        let documents_at = |now: i64| {
+            let images = json!({
+                "format": "products:1.0", "content_id": config.content_id, "datatype": "image-downloads", "updated": date::format(now), "products": plan.products,
+            });
+            let mut documents = vec![(config.content_id.clone(), images)];
+            if !offered.is_empty() {
+                documents.push((platforms_id.clone(), platforms::document(&platforms_id, &offered, now)));
+            }
+            documents
+        };
+        let documents = documents_at(now);
         let tree = Tree { directory: &directory, signer: signer.as_ref() };
         tree.prepare()?;
+        // Told apart without the time, or every look would find a change.
+        let content = format!("{:?} {:?}", documents_at(0), signer.as_ref().map(Signer::fingerprint));
+        let content = format!("{}\n", Digest::of(content.as_bytes()));
+        if only_changes && tree.has(&content, &documents, plan.files.keys()) {
+            return Ok(None);
+        }
         for (name, source) in &plan.files {
             match source {
                 Source::Blob(digest) => tree.link(&self.blob_file(digest), name)?,
                 Source::Bytes(bytes) => tree.write(name, bytes)?,
             }
         }
-        tree.swap(&documents, now)?;
+        tree.swap(&documents, &content, now)?;
         let signer = signer.as_ref().map(Signer::fingerprint).unwrap_or_default();
         tracing::info!(directory = %directory.display(), products = plan.products.len(), versions = plan.versions, signer, "images published");
-        Ok(Published { products: plan.products.len(), versions: plan.versions, platforms: offered.len(), signer, skipped: plan.skipped, directory })
+        let (products, platforms) = (plan.products.len(), offered.len());
+        Ok(Some(Published { products, versions: plan.versions, platforms, signer, skipped: plan.skipped, directory }))
     }
 
     fn blob_file(&self, digest: &Digest) -> PathBuf {
@@ -239,6 +265,16 @@ impl Tree<'_> {
         }
     }
 
+    /// Whether readers see this content, and every file of it is there.
+    fn has<'f>(&self, content: &str, documents: &[(String, Value)], mut files: impl Iterator<Item = &'f String>) -> bool {
+        let current = self.directory.join("streams/v1");
+        let suffixes: &[&str] = if self.signer.is_some() { &["json", "sjson"] } else { &["json"] };
+        let mut names = documents.iter().map(|(content_id, _)| content_id.as_str()).chain(["index"]);
+        fs::read_to_string(current.join(CONTENT_FILE)).is_ok_and(|there| there == content)
+            && names.all(|name| suffixes.iter().all(|suffix| current.join(format!("{name}.{suffix}")).is_file()))
+            && files.all(|name| self.directory.join(name).is_file())
+    }
+
     fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let to = self.directory.join(name);
         if to.exists() { Ok(()) } else { self.stage(&to, |staged| fs::write(staged, bytes)) }
@@ -257,7 +293,7 @@ impl Tree<'_> {
     }
 
     /// Writes one generation of documents and makes it the one that readers see; then removes what only generations before the last one named.
-    fn swap(&self, documents: &[(String, Value)], now: i64) -> Result<()> {
+    fn swap(&self, documents: &[(String, Value)], content: &str, now: i64) -> Result<()> {
         let streams = self.directory.join("streams");
         let current = streams.join("v1");
         let before = match fs::read_link(&current) {
@@ -283,6 +319,7 @@ impl Tree<'_> {
                 (_, None) => {}
             }
         }
+        self.file(&dir.join(CONTENT_FILE), content.as_bytes())?;
         sync_dir(&dir)?;
         sync_dir(&self.directory.join("images"))?;
         let link = streams.join(format!(".link-{}", uuid::Uuid::new_v4().simple()));
@@ -333,6 +370,22 @@ impl Tree<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Publishes whatever has changed, as often as the configuration says. Never ends; does nothing when it says never.
+pub async fn publish_regularly(engine: std::sync::Arc<Engine>) {
+    let interval = std::time::Duration::from_secs(engine.config.publish.interval_secs);
+    if interval.is_zero() || engine.config.publish.directory.is_none() {
+        return;
+    }
+    loop {
+        let publishing = std::sync::Arc::clone(&engine);
+        // What was published is logged where it happens.
+        if let Err(error) = crate::render::blocking(Stage::Report, move || publishing.publish_changes()).await {
+            tracing::warn!(error = %error.chain(), again_secs = interval.as_secs(), "images not published");
+        }
+        tokio::time::sleep(interval).await;
     }
 }
 
