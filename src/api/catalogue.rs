@@ -9,7 +9,7 @@ use crate::{
     config::streams::{SignaturePolicy, SyncMode},
     error::{Error, Kind, Result, Stage},
     images::NamedImage,
-    matching::{self, Answer, Container, Reason},
+    matching::{Answer, Container, Reason},
     proto::{self, catalogue_service_server::CatalogueService},
     render::{Engine, blocking, now_secs},
     store::catalog::names::Deprecation,
@@ -91,7 +91,7 @@ impl Catalogue {
         for name in images {
             let image = self.0.image_to_match(&name)?;
             let wanted = if kinds.is_empty() { &Container::ALL[..] } else { &kinds };
-            for answer in matching::answers(&image, &platforms, wanted) {
+            for answer in self.0.answers(&image, &platforms, wanted)? {
                 // Asking for none is not asking for all.
                 let is_match = if kinds.is_empty() { answer.boot.is_empty() } else { answer.is_match() };
                 matches.push(platform_match(&name, &answer, is_match));

@@ -234,6 +234,12 @@ pub fn consoles(platforms: &[Platform]) -> Vec<Console> {
     }
 }
 
+/// Whether a machine of the architecture `offered` with this firmware runs what is for `guest` (both in the kernel's words). An x86-64 machine runs what is for
+/// i686 too; its UEFI firmware is of 64 bits, and so is the GRUB that we put there.
+pub fn runs_on(guest: &str, offered: &str, firmware: Firmware) -> bool {
+    guest == offered || (guest == "i686" && offered == "x86_64" && firmware != Firmware::Uefi)
+}
+
 /// An architecture in the kernel's words (`uname -m`) for those known by several.
 pub fn machine(arch: &str) -> &str {
     match arch {

@@ -1,9 +1,14 @@
 //! An image, as far as it decides where it runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::Mode;
-use crate::{boot::inspect::Availability, disk::Layout, error::Result, fs::FsKind, manifest::Manifest, streams::Products};
+use crate::{
+    disk::Layout,
+    fs::{FsKind, Profile},
+    manifest::Manifest,
+    streams::Products,
+};
 
 /// A way to start an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -42,21 +47,21 @@ pub struct Image {
     pub virt: BTreeSet<Mode>,
     /// Filesystem of its root.
     pub filesystem: Option<FsKind>,
+    /// Features of an ext4 root.
+    pub profile: Option<Profile>,
     /// Layout that its manifest insists on.
     pub layout: Option<Layout>,
-    /// Where the kernel's drivers are.
-    pub drivers: BTreeMap<String, Availability>,
 }
 
 /// Types of a product's items that boot by themselves: they have a kernel inside.
 const DISKS: [&str; 9] = ["disk.img", "disk1.img", "disk-kvm.img", "uefi1.img", "uefi.img", "disk.qcow2", "disk1.vmdk", "vmlinuz", "boot-kernel"];
 
 impl Image {
-    /// A catalogued image. `kernels`: whether the golden image made from it turned out to have a kernel, and its drivers.
-    pub fn of_manifest(name: &str, manifest: &Manifest, kernels: &[BTreeMap<String, Availability>]) -> Image {
+    /// What a manifest says.
+    pub fn of_manifest(name: &str, manifest: &Manifest) -> Image {
         let points = manifest.entry_points();
         let given = [
-            (EntryPoint::Kernel, points.kernel.is_some() || !kernels.is_empty()),
+            (EntryPoint::Kernel, points.kernel.is_some() || manifest.boot().kernel.is_some()),
             (EntryPoint::Init, points.init.is_some()),
             (EntryPoint::Chroot, points.chroot.is_some()),
         ];
@@ -68,8 +73,8 @@ impl Image {
             entry_points: given.into_iter().filter(|(_, there)| *there).map(|(entry, _)| entry).collect(),
             virt: BTreeSet::new(),
             filesystem: manifest.filesystem(),
+            profile: manifest.profile(),
             layout: manifest.layout(),
-            drivers: kernels.first().cloned().unwrap_or_default(),
         }
     }
 
@@ -93,21 +98,5 @@ impl Image {
             image.virt.extend(item.list("virt").iter().filter_map(|word| if word == "paravirtual" { Some(Mode::Pv) } else { Mode::parse(word) }));
         }
         Some(image)
-    }
-}
-
-impl crate::render::Engine {
-    /// The image that a reference, or a product of one of the sources' trees, means. `Kind::NotFound` when neither knows it.
-    pub fn image_to_match(&self, reference: &str) -> Result<Image> {
-        for stream in &self.config.streams {
-            for kept in self.stream_tree(stream.name.as_str())? {
-                if let Some(image) = Image::of_product(&kept.products, reference) {
-                    return Ok(image);
-                }
-            }
-        }
-        let found = self.find_image(reference)?;
-        let image = self.image(&found.image_id)?;
-        Ok(Image::of_manifest(reference, &image.manifest, &[]))
     }
 }

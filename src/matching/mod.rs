@@ -1,12 +1,13 @@
 //! What runs where: images on platforms, and guests inside them.
 //!
 //! ```text
-//! image     entry points, architectures, filesystem, drivers   ─┬─ boots(image, platform)       every reason why not
+//! image     manifest and golden, or a product's description    ─┬─ boot::check                  every reason why not
 //! platform  hypervisor, mode, firmware, bus, nested, kernels    ─┤
 //! container lxc, kvm, xen                                       ─┴─ hosts(image, platform, kind) every reason why not
 //! ```
 //!
-//! Pure. Whether a machine can host Xen, KVM or LXC guests follows from the platform rather than from the image: LXC needs a Linux kernel of the image's own
+//! Whether an image boots is asked where renders ask ([`crate::boot::check`]), with what a render would make of the image for this platform: the two can't give
+//! different answers. Whether a machine can host Xen, KVM or LXC guests follows from the platform rather than from the image: LXC needs a Linux kernel of the image's own
 //! or the provider's, and that is nearly anywhere; KVM needs hardware virtualisation that the machine shows its guest; Xen needs to be there first. What is
 //! not known about an image is no reason against it.
 
@@ -18,15 +19,22 @@ mod tests;
 pub use image::{EntryPoint, Image};
 pub use platform::{Cloud, Container, Hypervisor, Mode, Platform};
 
+use std::sync::Arc;
+
 use crate::{
     boot::{
-        inspect::Availability,
-        platform::{Bus, Firmware, machine},
+        check::{self, Question, Refusals},
+        extract::{Extent, Study},
+        inspect::Inspection,
+        platform::{self as boot, Firmware, preferences},
+        supplied::{Modules, SuppliedFiles, SuppliedKernel},
     },
-    disk::Layout,
-    error::{Error, Result, Stage},
-    fs::FsKind,
-    render::Engine,
+    error::{Error, Kind, Result, Stage},
+    manifest::{ChrootSpec, EntryPoints, KernelSpec},
+    names::Digest,
+    render::{Engine, golden::LoadedGolden, resolve, start::Asked},
+    spec::GoldenOptions,
+    store::records::GoldenSpec,
 };
 
 /// Why something does not work.
@@ -44,88 +52,68 @@ impl Reason {
     }
 }
 
-/// Why the image does not boot on the platform; empty when it does, as far as is known.
+/// Why the image does not boot on the platform; empty when it does, as far as its description says.
 pub fn boots(image: &Image, platform: &Platform) -> Vec<Reason> {
-    let mut reasons = Vec::new();
-    let fits = |arch: &str| platform.archs.iter().any(|offered| runs(machine(offered), machine(arch)));
-    if !image.archs.is_empty() && !image.archs.iter().any(|arch| fits(arch)) {
-        let why = format!("the image is for {}, the platform has {}", image.archs.join(", "), platform.archs.join(", "));
-        reasons.push(Reason::new("ARCH_MISMATCH", why));
-    }
-    let has = |entry: EntryPoint| image.entry_points.contains(&entry);
-    if !has(EntryPoint::Kernel) && !image.entry_points.is_empty() {
-        if has(EntryPoint::Init) && !platform.supplies_kernel {
-            reasons.push(Reason::new("KERNEL_NEEDED", "the image brings an init but no kernel, and the platform supplies none"));
-        } else if !has(EntryPoint::Init) {
-            reasons.push(Reason::new("NO_BOOT_ENTRY_POINT", "the image can only be entered by chroot; it has neither kernel nor init"));
-        }
-    }
-    if !image.virt.is_empty() && !image.virt.contains(&platform.mode) && platform.mode != Mode::Dom0 {
-        let made_for: Vec<&str> = image.virt.iter().map(|mode| mode.name()).collect();
-        let why = format!("its publisher made it for {}, the platform is {}", made_for.join(", "), platform.mode.name());
-        reasons.push(Reason::new("VIRTUALIZATION_MISMATCH", why));
-    }
-    reasons.extend(boot_path(image, platform));
-    reasons.extend(drivers(image, platform));
-    reasons
+    let (machine, supplied) = machine_of(image, platform);
+    let wanted = preferences(std::slice::from_ref(&machine));
+    let entry_points = EntryPoints {
+        kernel: image.entry_points.contains(&EntryPoint::Kernel).then(KernelSpec::default),
+        init: image.entry_points.contains(&EntryPoint::Init).then(KernelSpec::default),
+        chroot: image.entry_points.contains(&EntryPoint::Chroot).then(ChrootSpec::default),
+    };
+    let fitting = image.archs.iter().find(|arch| boot::runs_on(boot::machine(arch), machine.machine(), machine.firmware));
+    let answer = check::check(&Question {
+        built: None,
+        entry_points: &entry_points,
+        names_kernel: false,
+        arch: fitting.or(image.archs.first()).map_or(machine.arch.as_str(), String::as_str),
+        layout: image.layout.or(wanted.layout).unwrap_or_default(),
+        filesystem: image.filesystem.or(wanted.filesystem).unwrap_or_default(),
+        profile: image.profile.or(wanted.profile).unwrap_or_default(),
+        platform: &machine,
+        xen_version: None,
+        supplied: &supplied,
+    });
+    [refused(answer), not_made_for(image, platform)].concat()
 }
 
-/// Whether a machine of architecture `offered` runs programs and kernels of `arch`.
-fn runs(offered: &str, arch: &str) -> bool {
-    offered == arch || matches!((offered, arch), ("x86_64", "i686"))
+/// The platform as booting sees it for this image, and the kernels that its provider has there. Who supplies a kernel starts it: what such an image's disk
+/// has for a loader does not matter.
+fn machine_of(image: &Image, platform: &Platform) -> (boot::Platform, Vec<SuppliedKernel>) {
+    let mut machine = platform.machine_for(&image.archs);
+    let needs_kernel = !image.entry_points.contains(&EntryPoint::Kernel) && image.entry_points.contains(&EntryPoint::Init);
+    if !platform.supplies_kernel || !needs_kernel {
+        return (machine, Vec::new());
+    }
+    machine.firmware = Firmware::Direct;
+    (machine, vec![theirs()])
 }
 
-fn boot_path(image: &Image, platform: &Platform) -> Vec<Reason> {
-    let mut reasons = Vec::new();
-    let firmware = platform.firmware();
-    let from_disk = matches!(firmware, Firmware::Bios | Firmware::Uefi);
-    if from_disk && image.layout == Some(Layout::Bare) {
-        let why = format!("{} starts what is in a partition table, and the image wants a disk without one", firmware.name());
-        reasons.push(Reason::new("LAYOUT_BARE", why));
-    }
-    if firmware == Firmware::Loader
-        && let Some(filesystem) = image.filesystem.filter(|filesystem| *filesystem != FsKind::Ext4)
-    {
-        let why = format!("the host's loader (pygrub) reads ext4, not {}", filesystem.name());
-        reasons.push(Reason::new("FILESYSTEM_UNREADABLE", why));
-    }
-    reasons
+/// A provider's kernel of which nothing is known: it is the one that is needed.
+fn theirs() -> SuppliedKernel {
+    let files = SuppliedFiles { kernel: "/".into(), kernel_digest: Digest::of(b""), initrd: None, inspection: Inspection::default() };
+    SuppliedKernel { name: "the provider's".into(), offers: KernelSpec::default(), modules: Modules::None, cmdline: String::new(), files: Ok(files) }
 }
 
-/// Modules that a root disk on a bus needs, any one of each group.
-fn needed(bus: Bus) -> &'static [&'static [&'static str]] {
-    match bus {
-        Bus::Virtio => &[&["virtio_pci"], &["virtio_blk", "virtio_scsi"]],
-        Bus::Xen => &[&["xen_blkfront"]],
-        // Which controller it is depends on the machine.
-        Bus::Scsi => &[&["sd_mod"]],
-        Bus::Nvme => &[&["nvme"]],
-    }
+fn refused<T>(answer: std::result::Result<T, Refusals>) -> Vec<Reason> {
+    let refusals = answer.err().map(|refusals| refusals.0).unwrap_or_default();
+    refusals.into_iter().map(|refusal| Reason::new(refusal.reason, refusal.message)).collect()
 }
 
-fn drivers(image: &Image, platform: &Platform) -> Vec<Reason> {
-    if image.drivers.is_empty() || !image.entry_points.contains(&EntryPoint::Kernel) {
+/// What the image's publisher says about it; a catalogued one has no such word.
+fn not_made_for(image: &Image, platform: &Platform) -> Vec<Reason> {
+    if image.virt.is_empty() || image.virt.contains(&platform.mode) || platform.mode == Mode::Dom0 {
         return Vec::new();
     }
-    let usable = |module: &&str| image.drivers.get(*module).is_none_or(|at| matches!(at, Availability::Builtin | Availability::Initrd));
-    let missing = |group: &&&[&str]| !group.iter().any(&usable);
-    let bus = platform.bus();
-    let of_bus = needed(bus).iter().filter(missing).map(|group| {
-        let why = format!("the kernel can't reach a root disk on {}: {} is neither part of it nor in its initrd", bus_name(bus), group.join(" or "));
-        Reason::new("DRIVER_MISSING", why)
-    });
-    let filesystem = image.filesystem.unwrap_or(FsKind::Ext4).name();
-    let of_filesystem = (!usable(&filesystem)).then(|| Reason::new("DRIVER_MISSING", format!("the kernel can't mount a root of {filesystem}")));
-    of_bus.chain(of_filesystem).collect()
+    let made_for: Vec<&str> = image.virt.iter().map(|mode| mode.name()).collect();
+    let why = format!("its publisher made it for {}, the platform is {}", made_for.join(", "), platform.mode.name());
+    vec![Reason::new("VIRTUALIZATION_MISMATCH", why)]
 }
 
-fn bus_name(bus: Bus) -> String {
-    serde_json::to_value(bus).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
-/// Why guests of a kind can't be created inside the image on the platform; empty when they can. Reasons of [`boots`] come first.
-pub fn hosts(image: &Image, platform: &Platform, kind: Container) -> Vec<Reason> {
-    let mut reasons = boots(image, platform);
+/// Why guests of a kind can't be created inside the image on the platform, where `boot` are the reasons why it does not boot there; those come first. Empty when
+/// they can.
+pub fn hosts(image: &Image, platform: &Platform, kind: Container, boot: &[Reason]) -> Vec<Reason> {
+    let mut reasons = boot.to_vec();
     if kind == Container::Lxc && image.os.as_deref().is_some_and(|os| !os.eq_ignore_ascii_case("linux")) {
         reasons.push(Reason::new("NOT_LINUX", "Linux containers need a Linux kernel"));
     }
@@ -151,17 +139,91 @@ impl Answer {
     }
 }
 
-/// The answers for an image on each platform, in the platforms' order.
+/// The answers for an image on each platform, in the platforms' order, as far as its description says.
 pub fn answers(image: &Image, platforms: &[Platform], kinds: &[Container]) -> Vec<Answer> {
-    let answer = |platform: &Platform| Answer {
-        platform: platform.clone(),
-        boot: boots(image, platform),
-        containers: kinds.iter().map(|kind| (*kind, hosts(image, platform, *kind))).collect(),
-    };
-    platforms.iter().map(answer).collect()
+    platforms.iter().map(|platform| answer(image, platform, kinds, boots(image, platform))).collect()
+}
+
+fn answer(image: &Image, platform: &Platform, kinds: &[Container], boot: Vec<Reason>) -> Answer {
+    let containers = kinds.iter().map(|kind| (*kind, hosts(image, platform, *kind, &boot))).collect();
+    Answer { platform: platform.clone(), boot, containers }
+}
+
+/// What a reference of Match means.
+#[derive(Debug)]
+pub enum Subject {
+    /// A catalogued image: what a render would be told is asked.
+    Catalogued(Box<resolve::Image>),
+    /// A product of a source's tree: only its description is known.
+    Offered(Image),
 }
 
 impl Engine {
+    /// The image that a reference, or a product of one of the sources' trees, means. `Kind::NotFound` when neither knows it. Blocking.
+    pub fn image_to_match(&self, reference: &str) -> Result<Subject> {
+        for stream in &self.config.streams {
+            for kept in self.stream_tree(stream.name.as_str())? {
+                if let Some(image) = Image::of_product(&kept.products, reference) {
+                    return Ok(Subject::Offered(image));
+                }
+            }
+        }
+        let found = self.find_image(reference)?;
+        Ok(Subject::Catalogued(Box::new(self.image(&found.image_id)?)))
+    }
+
+    /// The answers for an image on each platform, in the platforms' order. Of a catalogued one they are what a render is told that names this platform alone and
+    /// leaves the rest open; a golden image that is there is looked into. Blocking.
+    pub fn answers(self: &Arc<Self>, subject: &Subject, platforms: &[Platform], kinds: &[Container]) -> Result<Vec<Answer>> {
+        let catalogued = match subject {
+            Subject::Offered(image) => return Ok(answers(image, platforms, kinds)),
+            Subject::Catalogued(catalogued) => catalogued,
+        };
+        let image = Image::of_manifest(catalogued.manifest.name(), &catalogued.manifest);
+        let of = |platform: &Platform| Ok(answer(&image, platform, kinds, self.starts(catalogued, &image, platform)?));
+        platforms.iter().map(of).collect()
+    }
+
+    fn starts(self: &Arc<Self>, catalogued: &resolve::Image, image: &Image, platform: &Platform) -> Result<Vec<Reason>> {
+        let (machine, theirs) = machine_of(image, platform);
+        let partial = match self.golden_for(catalogued, &GoldenOptions::default(), std::slice::from_ref(&machine)) {
+            Ok(partial) => partial,
+            // Its disk can't be made for this platform; a render is told the same.
+            Err(error) if matches!(error.kind(), Kind::InvalidRequest | Kind::Unsupported) => {
+                return Ok(vec![Reason::new(error.reason(), error.message())]);
+            }
+            Err(error) => return Err(error),
+        };
+        let supplied = if platform.configured { self.supplied_for(&machine)? } else { Arc::new(theirs) };
+        // In a render's order: what is refused before a golden is looked at is all that it is told.
+        let asked = Asked { manifest: Some(&catalogued.manifest), spec: partial.template(), golden: None };
+        let beforehand = refused(asked.check(&machine, &supplied));
+        let Some(spec) = partial.complete().filter(|_| beforehand.is_empty()) else { return Ok(beforehand) };
+        let Some((golden, study)) = self.known(&catalogued.record.id, &spec)? else { return Ok(Vec::new()) };
+        let asked = Asked { spec: &spec, golden: Some((&golden, &study)), ..asked };
+        Ok(refused(asked.check(&machine, &supplied)))
+    }
+
+    /// The golden that `spec` means with what its kernel can do, or another one of the image's that answers the same: from the same tarball, with the same
+    /// filesystem and boot loaders.
+    fn known(self: &Arc<Self>, image_id: &str, spec: &GoldenSpec) -> Result<Option<(Arc<LoadedGolden>, Arc<Study>)>> {
+        let same = |other: &GoldenSpec| {
+            let way = |spec: &GoldenSpec| (spec.rootfs, spec.prefix.clone(), spec.filesystem, spec.layout.is_partitioned(), spec.boot.clone());
+            way(other) == way(spec) && other.volatile == spec.volatile
+        };
+        let mut keys = vec![spec.key()];
+        let others = self.store.catalog.goldens(Some(image_id))?;
+        keys.extend(others.into_iter().filter(|(record, _)| same(&record.spec)).map(|(record, _)| record.key));
+        for key in keys {
+            if let Some(golden) = self.load_golden(key)? {
+                // Blocking threads belong to the runtime that this waits for.
+                let study = tokio::runtime::Handle::current().block_on(self.study(&golden, Extent::Facts))?;
+                return Ok(Some((golden, study)));
+            }
+        }
+        Ok(None)
+    }
+
     /// The host's own platforms, and those of `publish.platforms`. Blocking.
     pub fn instance_types(&self) -> Result<Vec<Platform>> {
         let mut platforms: Vec<Platform> = self.config.platforms.iter().map(Platform::of_config).collect();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Reason;
 use crate::{
-    boot::platform::{Bus, Firmware, machine},
+    boot::platform::{self as boot, Bus, Firmware, machine},
     config::PlatformConfig,
 };
 
@@ -137,6 +137,8 @@ pub struct Platform {
     pub nested_virtualization: bool,
     /// Whether only signed programs are started.
     pub secure_boot: bool,
+    /// Whether it is one of this host's, which renders for it.
+    pub configured: bool,
     /// Whether images without a kernel are started with one of the provider's.
     pub supplies_kernel: bool,
     /// Kinds of guests that the provider says can be created inside; nothing when that follows from the rest.
@@ -159,6 +161,7 @@ impl Platform {
             memory_mib: config.memory.0 >> 20,
             nested_virtualization: config.nested_virtualization,
             secure_boot: config.secure_boot,
+            configured: true,
             supplies_kernel: false,
             containers: None,
         }
@@ -180,6 +183,23 @@ impl Platform {
             Mode::Kvm => Bus::Virtio,
             Mode::Dom0 | Mode::Metal => Bus::Scsi,
         })
+    }
+
+    /// The platform as booting sees it: of the architectures that it offers the first that runs one of `archs`. A first domain is a machine of its own
+    /// there: Xen is started like any other program, and its domain by it.
+    pub fn machine_for(&self, archs: &[String]) -> boot::Platform {
+        let runs = |offered: &&String| archs.iter().any(|arch| boot::runs_on(machine(arch), machine(offered), self.firmware()));
+        let arch = self.archs.iter().find(runs).or(self.archs.first()).cloned().unwrap_or_default();
+        let (hypervisor, mode) = match self.mode {
+            Mode::Pv => (self.hypervisor, boot::Mode::Pv),
+            Mode::Pvh => (self.hypervisor, boot::Mode::Pvh),
+            Mode::Hvm => (self.hypervisor, boot::Mode::Hvm),
+            Mode::Kvm => (self.hypervisor, boot::Mode::Kvm),
+            Mode::Metal => (self.hypervisor, boot::Mode::Metal),
+            Mode::Dom0 => (Hypervisor::None, boot::Mode::Metal),
+        };
+        let (firmware, bus, secure_boot) = (self.firmware(), self.bus(), self.secure_boot);
+        boot::Platform { hypervisor, mode, firmware, arch, bus, consoles: Vec::new(), secure_boot }
     }
 
     /// Why guests of a kind can't be created on this platform, whatever runs on it.

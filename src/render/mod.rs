@@ -41,7 +41,7 @@ pub mod reap;
 pub mod reconfigure;
 mod recover;
 pub mod resolve;
-mod start;
+pub(crate) mod start;
 pub mod verify;
 pub mod volume;
 pub mod vouch;

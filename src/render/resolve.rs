@@ -97,6 +97,11 @@ impl PartialGoldenSpec {
         GoldenSpec { rootfs: digest, ..self.template.clone() }
     }
 
+    /// The spec but for the tarball's digest, which may not be known.
+    pub(crate) fn template(&self) -> &GoldenSpec {
+        &self.template
+    }
+
     /// Size of the disk in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.template.size_bytes
@@ -183,9 +188,17 @@ impl Engine {
 
     /// The golden that an image means under these options.
     pub fn golden_spec(&self, image: &Image, options: &GoldenOptions) -> Result<PartialGoldenSpec> {
-        let (manifest, defaults) = (&image.manifest, &self.config.golden);
         let platforms = self.platforms(&options.platforms)?;
-        let wanted = preferences(&platforms.iter().map(PlatformConfig::platform).collect::<Vec<Platform>>());
+        let partial = self.golden_for(image, options, &platforms.iter().map(PlatformConfig::platform).collect::<Vec<Platform>>())?;
+        self.check_beforehand(&image.manifest, &partial.template, &platforms)?;
+        Ok(partial)
+    }
+
+    /// The golden that an image means under these options where `platforms` (in the place of those that the options name) decide what nobody else does.
+    /// Whether it starts there is not asked.
+    pub(crate) fn golden_for(&self, image: &Image, options: &GoldenOptions, platforms: &[Platform]) -> Result<PartialGoldenSpec> {
+        let (manifest, defaults) = (&image.manifest, &self.config.golden);
+        let wanted = preferences(platforms);
         let layout = options.layout.or(manifest.layout()).or(wanted.layout).unwrap_or(defaults.layout);
         let filesystem = options.filesystem.or(manifest.filesystem()).or(wanted.filesystem).unwrap_or(defaults.filesystem);
         let arch = manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned();
@@ -236,7 +249,6 @@ impl Engine {
                 esp_bytes,
             },
         };
-        self.check_beforehand(manifest, &template, &platforms)?;
         Ok(PartialGoldenSpec { digest: image.record.rootfs_digest, template })
     }
 

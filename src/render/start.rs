@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::{
     boot::{
-        check::{self, BootPlan, Built, Question},
+        check::{self, BootPlan, Built, Question, Refusals},
         extract::{self, Extent, Study},
         platform::{Firmware, Platform},
         supplied::SuppliedKernel,
@@ -28,18 +28,23 @@ use crate::{
 
 /// What an image is, as far as it decides where it starts.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Asked<'a> {
+pub(crate) struct Asked<'a> {
     /// The manifest; nothing when the image is no longer catalogued.
-    pub(super) manifest: Option<&'a Manifest>,
+    pub(crate) manifest: Option<&'a Manifest>,
     /// How its disk is made.
-    pub(super) spec: &'a GoldenSpec,
+    pub(crate) spec: &'a GoldenSpec,
     /// The golden with what is known of its kernel; nothing before it is built.
-    pub(super) golden: Option<(&'a LoadedGolden, &'a Study)>,
+    pub(crate) golden: Option<(&'a LoadedGolden, &'a Study)>,
 }
 
 impl Asked<'_> {
     /// How it starts on `platform`; `Kind::Unsupported` with every reason when it does not. `field` is where the platform stands in the request.
     pub(super) fn answer(&self, config: &PlatformConfig, platform: &Platform, supplied: &[SuppliedKernel], field: &str) -> Result<BootPlan> {
+        self.check(platform, supplied).map_err(|refusals| refusals.into_error(config.name.as_str(), field))
+    }
+
+    /// How it starts on `platform`, or every reason why it does not.
+    pub(crate) fn check(&self, platform: &Platform, supplied: &[SuppliedKernel]) -> std::result::Result<BootPlan, Refusals> {
         let none = Default::default();
         let question = Question {
             built: self.golden.map(|(golden, study)| Built { boot: &golden.boot, facts: &golden.facts, inspection: study.inspection.as_ref() }),
@@ -53,7 +58,7 @@ impl Asked<'_> {
             xen_version: xen_version(),
             supplied,
         };
-        check::check(&question).map_err(|refusals| refusals.into_error(config.name.as_str(), field))
+        check::check(&question)
     }
 }
 
@@ -71,7 +76,7 @@ impl Engine {
     }
 
     /// The kernels that `platform` could be given. May read files.
-    pub(super) fn supplied_for(&self, platform: &Platform) -> Result<Arc<Vec<SuppliedKernel>>> {
+    pub(crate) fn supplied_for(&self, platform: &Platform) -> Result<Arc<Vec<SuppliedKernel>>> {
         if platform.firmware == Firmware::Direct { self.kernels.get() } else { Ok(Arc::default()) }
     }
 
@@ -105,7 +110,7 @@ impl Engine {
     }
 
     /// What the golden's first kernel can do and, for [`Extent::Files`], the two files beside its disk: from memory, from the store, or found out now.
-    pub(super) async fn study(self: &Arc<Self>, golden: &Arc<LoadedGolden>, extent: Extent) -> Result<Arc<Study>> {
+    pub(crate) async fn study(self: &Arc<Self>, golden: &Arc<LoadedGolden>, extent: Extent) -> Result<Arc<Study>> {
         if let Some(study) = golden.study(extent) {
             return Ok(study);
         }

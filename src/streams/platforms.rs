@@ -99,6 +99,7 @@ fn platform(item: &ItemRef<'_>) -> Result<Platform> {
         memory_mib: number("memory_mib")?.unwrap_or(0),
         nested_virtualization: flag("nested_virtualization")?,
         secure_boot: flag("secure_boot")?,
+        configured: false,
         supplies_kernel: flag("supplies_kernel")?,
         containers,
     })

@@ -17,6 +17,7 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde_json::{Value, json};
@@ -70,17 +71,17 @@ const CONTENT_FILE: &str = ".content";
 
 impl Engine {
     /// Publishes what [`Engine::publish_images`] would, unless the generation that readers see says the same. Blocking.
-    pub fn publish_changes(&self) -> Result<Option<Published>> {
+    pub fn publish_changes(self: &Arc<Self>) -> Result<Option<Published>> {
         self.publish_tree(true)
     }
 
     /// Publishes every named image whose bytes are here and which is not deprecated. Blocking. `Kind::Unsupported` (`NOT_PUBLISHING`) without
     /// `publish.directory`. Readers see the tree of before or the new one.
-    pub fn publish_images(&self) -> Result<Published> {
+    pub fn publish_images(self: &Arc<Self>) -> Result<Published> {
         self.publish_tree(false)?.ok_or_else(|| Error::internal(Stage::Report, "publish", "nothing was published"))
     }
 
-    fn publish_tree(&self, only_changes: bool) -> Result<Option<Published>> {
+    fn publish_tree(self: &Arc<Self>, only_changes: bool) -> Result<Option<Published>> {
         let config = self.config.publish.clone();
         let directory = config.directory.clone().ok_or_else(|| {
             Error::new(Kind::Unsupported, Stage::Report, "publish.directory", "is not configured: nothing is published").with_reason("NOT_PUBLISHING")
@@ -128,7 +129,7 @@ impl Engine {
         self.store.blob_path(digest)
     }
 
-    fn plan_publication(&self, config: &Publish) -> Result<Plan> {
+    fn plan_publication(self: &Arc<Self>, config: &Publish) -> Result<Plan> {
         let mut plan = Plan::default();
         let mut aliases: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (alias, name) in self.store.catalog.aliases()? {
@@ -152,11 +153,13 @@ impl Engine {
             let manifest = Manifest::parse(record.manifest.as_bytes())?;
             let items = self.published_items(&record, digest, size, &mut plan)?;
             let arch = manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned();
-            let image = matching::Image::of_manifest(&row.name, &manifest, &[]);
+            let image = matching::Image::of_manifest(&row.name, &manifest);
+            let subject = matching::Subject::Catalogued(Box::new(self.image(&record.id)?));
+            let answers = self.answers(&subject, &platforms, &matching::Container::ALL)?;
             let product = plan
                 .products
                 .entry(format!("{}:{}:{arch}", prefix_of(&config.content_id), row.name))
-                .or_insert_with(|| product(&row, &arch, aliases.get(&row.name).map(Vec::as_slice).unwrap_or_default(), &image, &platforms));
+                .or_insert_with(|| product(&row, &arch, aliases.get(&row.name).map(Vec::as_slice).unwrap_or_default(), &image, &answers));
             product["versions"][&row.version] = json!({"image_id": record.id, "pubname": what, "items": items});
             plan.versions += 1;
         }
@@ -208,7 +211,7 @@ pub(super) fn both(fields: &mut Value, list_key: &str, comma_key: &str, list: &[
     fields[list_key] = json!(list);
 }
 
-fn product(row: &VersionRow, arch: &str, aliases: &[String], image: &matching::Image, platforms: &[matching::Platform]) -> Value {
+fn product(row: &VersionRow, arch: &str, aliases: &[String], image: &matching::Image, answers: &[matching::Answer]) -> Value {
     let (os, release) = row.name.split_once('/').unwrap_or((row.name.as_str(), ""));
     let mut fields = json!({"os": os, "image_name": row.name, "arch": arch, "versions": {}});
     if !release.is_empty() {
@@ -218,15 +221,15 @@ fn product(row: &VersionRow, arch: &str, aliases: &[String], image: &matching::I
     both(&mut fields, "alias_list", "aliases", aliases);
     let entry_points: Vec<String> = image.entry_points.iter().map(|entry| entry.name().to_owned()).collect();
     both(&mut fields, "entry_point_list", "entry_points", &entry_points);
-    let boots: Vec<&matching::Platform> = platforms.iter().filter(|platform| matching::boots(image, platform).is_empty()).collect();
-    let virt: BTreeSet<String> = boots.iter().map(|platform| platform.mode.name().to_owned()).collect();
+    let boots: Vec<&matching::Answer> = answers.iter().filter(|answer| answer.boot.is_empty()).collect();
+    let virt: BTreeSet<String> = boots.iter().map(|answer| answer.platform.mode.name().to_owned()).collect();
     both(&mut fields, "virt_list", "virt", &virt.into_iter().collect::<Vec<_>>());
-    let names: Vec<String> = boots.iter().map(|platform| platform.name.clone()).collect();
+    let names: Vec<String> = boots.iter().map(|answer| answer.platform.name.clone()).collect();
     both(&mut fields, "platform_list", "platforms", &names);
     let kinds: BTreeSet<String> = boots
         .iter()
-        .flat_map(|platform| matching::Container::ALL.into_iter().filter(|kind| matching::hosts(image, platform, *kind).is_empty()))
-        .map(|kind| kind.name().to_owned())
+        .flat_map(|answer| answer.containers.iter().filter(|(_, reasons)| reasons.is_empty()))
+        .map(|(kind, _)| kind.name().to_owned())
         .collect();
     both(&mut fields, "container_kinds", "containers", &kinds.into_iter().collect::<Vec<_>>());
     fields

@@ -279,3 +279,105 @@ async fn an_image_with_an_init_only_starts_with_the_providers_kernel() {
     assert_eq!(reasons(&changed), ["KERNEL_UNUSABLE"]);
     daemon.stop().await;
 }
+
+/// Further platforms, so that every firmware, mode and reason that small images can have is among them.
+const MORE_PLATFORMS: &str = r#"
+    [[platform]]
+    name = "uefi"
+    hypervisor = "kvm"
+    firmware = "uefi"
+    memory = "1 GiB"
+    [[platform]]
+    name = "secure"
+    hypervisor = "kvm"
+    firmware = "uefi"
+    secure_boot = true
+    memory = "1 GiB"
+    [[platform]]
+    name = "x1.hvm"
+    hypervisor = "xen"
+    memory = "1 GiB"
+    [[platform]]
+    name = "metal"
+    hypervisor = "none"
+    bus = "scsi"
+    memory = "4 GiB"
+"#;
+
+/// Manifests that differ in what decides where an image starts.
+fn manifests() -> Vec<serde_json::Value> {
+    use serde_json::json;
+    let kernel = json!({"kernel": {"os": "linux"}});
+    vec![
+        json!({"name": "kernel", "arch": "x86_64", "entry_points": kernel}),
+        json!({"name": "nothing-said", "arch": "amd64"}),
+        json!({"name": "arm", "arch": "arm64", "entry_points": kernel}),
+        json!({"name": "old", "arch": "i386", "entry_points": kernel}),
+        json!({"name": "init", "arch": "x86_64", "entry_points": {"init": {"kernel": {"os": "linux"}}}}),
+        json!({"name": "init-other", "arch": "x86_64", "entry_points": {"init": {"kernel": {"os": "linux", "version": "2.6.18"}}}}),
+        json!({"name": "chroot", "arch": "x86_64", "entry_points": {"chroot": {"command": "/bin/sh"}}}),
+        json!({"name": "bare", "arch": "x86_64", "entry_points": kernel, "disk": {"layout": "bare"}}),
+        json!({"name": "modern", "arch": "x86_64", "entry_points": kernel, "filesystem": {"type": "ext4", "profile": "modern"}}),
+        json!({"name": "named", "arch": "x86_64", "entry_points": {"init": {}}, "boot": {"kernel": "/boot/vmlinuz-6.1.0-test"}}),
+        json!({"name": "tiny", "arch": "x86_64", "entry_points": kernel, "disk": {"size": "32 MiB", "layout": "gpt"}}),
+    ]
+}
+
+async fn matched(daemon: &mut Daemon, image: &str, platform: &str) -> Result<(), Vec<String>> {
+    let request = proto::MatchRequest { image: image.into(), platforms: vec![platform.into()], ..Default::default() };
+    let found = daemon.catalogue.r#match(request).await.expect("an answer").into_inner().matches.remove(0);
+    if found.boots { Ok(()) } else { Err(found.boot_reasons.into_iter().map(|reason| reason.code).collect()) }
+}
+
+/// What a render for the platform is told: refused at once, refused when the golden is there, or done.
+async fn rendered(daemon: &mut Daemon, image: &str, name: &str, platform: &str) -> Result<(), Vec<String>> {
+    let request = proto::StartRenderRequest { idempotency_key: name.into(), spec: Some(on(image, name, &[platform])) };
+    let id = match daemon.renders.start_render(request).await {
+        Ok(started) => started.into_inner().render.expect("a render").id,
+        Err(status) if status.code() == tonic::Code::FailedPrecondition => return Err(reasons(&status)),
+        Err(status) => return Err(vec![status.get_error_details().error_info().expect("a reason").reason.clone()]),
+    };
+    let ended = daemon.wait(&id).await;
+    let Some(error) = ended.error else { return Ok(()) };
+    assert_eq!(error.code, tonic::Code::FailedPrecondition as i32, "{error:?}");
+    let is_reason = |word: &&str| word.len() > 5 && word.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_');
+    Err(error.message.split(": ").flat_map(|part| part.split("; ")).filter(is_reason).map(str::to_owned).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn match_says_what_a_render_is_told_for_every_image_on_every_platform() {
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::write(directory.path().join("vmlinuz"), vmlinux()).expect("written");
+    let kernel = format!("{MORE_PLATFORMS}\n[[kernel]]\nname = \"ours\"\nkernel = {:?}\nos = \"linux\"\n", directory.path().join("vmlinuz"));
+    let mut daemon = daemon(&kernel).await;
+    let platforms = daemon.hosts.list_platforms(proto::ListPlatformsRequest {}).await.expect("a list").into_inner().platforms;
+    let trees = [("with", daemon.upload(&bootable()).await), ("without", daemon.upload(&tarball()).await)];
+    let (mut compared, mut seen) = (0, std::collections::BTreeSet::new());
+    for (what, digest) in &trees {
+        for manifest in manifests() {
+            let request = proto::CreateImageRequest { manifest_json: manifest.to_string(), rootfs_digest: digest.clone(), ..Default::default() };
+            let image = daemon.images.create_image(request).await.expect("created").into_inner().image.expect("an image").id;
+            for platform in &platforms {
+                let case = format!("{} {what} kernel on {}", manifest["name"], platform.name);
+                let before = matched(&mut daemon, &image, &platform.name).await;
+                let name = format!("m-{compared}");
+                let told = rendered(&mut daemon, &image, &name, &platform.name).await;
+                // Before there is a golden only what manifest and platform decide is known; that is never taken back.
+                if let Err(before) = &before {
+                    assert_eq!(told.as_ref().expect_err(&case), before, "{case}");
+                }
+                let after = matched(&mut daemon, &image, &platform.name).await;
+                assert_eq!(after, told, "{case}: a golden is there, or none was made");
+                seen.extend(told.err().unwrap_or_default());
+                compared += 1;
+            }
+        }
+    }
+    assert_eq!(compared, 2 * manifests().len() * 9);
+    for reason in
+        ["ARCH_DIFFERS", "LAYOUT_FIRMWARE", "KERNEL_NEEDED", "KERNEL_UNSUITABLE", "NO_BOOT_ENTRY_POINT", "SECURE_BOOT", "FS_PROFILE", "BAD_SIZE"]
+    {
+        assert!(seen.contains(reason), "{reason} is not among {seen:?}");
+    }
+    daemon.stop().await;
+}

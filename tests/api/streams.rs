@@ -324,7 +324,9 @@ async fn names_are_pinned_or_follow_and_say_why_an_image_stays() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_product_is_matched_with_platforms_before_it_is_an_image() {
     const PLATFORMS: &str = include_str!("../data/streams/platforms.json");
-    let (mut daemon, _tree, _dir) = daemon(SignaturePolicy::Signed, SyncMode::OnDemand, |_, _| ()).await;
+    // Room for what a partition table needs besides.
+    let roomy = |config: &mut Config, _: &Tree| config.golden.size = Bytes(128 * MIB);
+    let (mut daemon, _tree, _dir) = daemon(SignaturePolicy::Signed, SyncMode::OnDemand, roomy).await;
     sync(&mut daemon).await.expect("read");
     let request = proto::MatchRequest {
         image: PRODUCT.into(),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `PLATFORM_CONTRADICTION` | the parts of the platform do not go together |
 //! | `ARCH_DIFFERS` | the image or its kernel is for another architecture |
+//! | `NO_BOOT_ENTRY_POINT` | the manifest says that the image is entered by changing root only |
 //! | `LAYOUT_FIRMWARE` | BIOS and UEFI start from a partition table, the disk has none |
 //! | `KERNEL_NEEDED` | the image has no kernel that this platform could start, and none is supplied |
 //! | `KERNEL_UNSUITABLE` | no supplied kernel is the one that `entry_points.init` asks for |
@@ -25,7 +26,7 @@ use crate::{
     boot::{
         esp::EfiProgram,
         inspect::{Availability, Inspection, unpack::Packing},
-        platform::{Firmware, Mode, Platform, machine},
+        platform::{Firmware, Mode, Platform, machine, runs_on},
         prepare::DiskBoot,
         supplied::{Modules, SuppliedFiles, SuppliedKernel},
     },
@@ -164,6 +165,12 @@ pub fn check(question: &Question<'_>) -> Result<BootPlan, Refusals> {
         return Err(Refusals(found.refusals));
     }
     check_arch(question, &mut found);
+    let points = question.entry_points;
+    if points.chroot.is_some() && points.kernel.is_none() && points.init.is_none() && !question.names_kernel {
+        let text = "the image can only be entered by changing root: its manifest names neither kernel nor init";
+        found.refuse("NO_BOOT_ENTRY_POINT", text, "use an image with an entry point kernel or init");
+        return Err(Refusals(found.refusals));
+    }
     if matches!(platform.firmware, Firmware::Bios | Firmware::Uefi) && !question.layout.is_partitioned() {
         let text = format!("{} starts from a disk with a partition table, this is a bare filesystem", platform.firmware.name());
         found.refuse("LAYOUT_FIRMWARE", text, "render with the layout gpt, or on a platform that starts kernels directly");
@@ -188,9 +195,8 @@ pub fn check(question: &Question<'_>) -> Result<BootPlan, Refusals> {
     }
 }
 
-/// An x86-64 machine runs what is for i686 too; its UEFI firmware is of 64 bits, and so is the GRUB that we put there.
 fn runs(guest: &str, platform: &Platform) -> bool {
-    guest == platform.machine() || (guest == "i686" && platform.machine() == "x86_64" && platform.firmware != Firmware::Uefi)
+    runs_on(guest, platform.machine(), platform.firmware)
 }
 
 fn check_arch(question: &Question<'_>, found: &mut Findings) {
