@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    boot::{bls, grub, kernels::Kernel, loaders::HostLoaders},
+    boot::{bls, grub, inspect::kernel, kernels::Kernel, loaders::HostLoaders},
     disk::fat::FatVolumeSpec,
     error::{Error, Kind, Result, Stage},
     fs::TreeReader,
@@ -58,6 +58,18 @@ pub enum EfiProgram {
     },
 }
 
+impl EfiProgram {
+    /// In words.
+    pub fn describe(&self) -> &'static str {
+        match self {
+            EfiProgram::HostGrub => "this host's GRUB",
+            EfiProgram::ImageShim { .. } => "the image's shim and GRUB",
+            EfiProgram::ImageBootEntries { .. } | EfiProgram::ImageSystemdBoot { .. } => "the image's systemd-boot",
+            EfiProgram::ImageUki { .. } => "the image's unified kernel image",
+        }
+    }
+}
+
 /// The files of the partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Esp {
@@ -68,6 +80,16 @@ pub struct Esp {
 }
 
 impl Esp {
+    /// Whether the program that the firmware starts carries a signature, and the one that a shim starts; nothing when it is no program.
+    pub fn is_signed(&self) -> Option<bool> {
+        let of = |(path, bytes): (&String, &Vec<u8>)| {
+            let is_loader = path.starts_with("EFI/BOOT/BOOT") || path == "EFI/BOOT/grubx64.efi";
+            is_loader.then(|| kernel::is_signed(bytes))
+        };
+        let signed: Option<Vec<bool>> = self.files.iter().filter_map(of).collect();
+        signed.filter(|signed| !signed.is_empty()).map(|signed| signed.into_iter().all(|signed| signed))
+    }
+
     /// The volume to build; `id` becomes its UUID.
     pub fn volume(self, id: u32) -> FatVolumeSpec {
         FatVolumeSpec { label: LABEL.into(), id, files: self.files }

@@ -27,6 +27,9 @@ pub struct DiskBoot {
     pub bios: bool,
     /// Who UEFI firmware starts, if the disk can be started by it.
     pub efi: Option<EfiProgram>,
+    /// Whether what UEFI firmware starts carries a signature, and what a shim starts; nothing when that was not looked at.
+    #[serde(default)]
+    pub efi_signed: Option<bool>,
     /// Where systemd-boot's entries are on the EFI system partition.
     #[serde(default)]
     pub entries: Vec<EntryPlace>,
@@ -72,6 +75,7 @@ pub fn prepare(
     match esp::choose(&image, loaders, extent, &mut boot.notes)? {
         Some(esp) => {
             let program = esp.program.clone();
+            boot.efi_signed = esp.is_signed();
             let volume = fat::build(extent, &esp.volume(volume_id(identity)))?;
             embed::write_esp(plan, disk, &volume)?;
             if let EfiProgram::ImageBootEntries { token } = &program {

@@ -316,6 +316,11 @@ fn check_firmware(question: &Question<'_>, found: &mut Findings) {
             "the disk is started by this host's GRUB, which is not signed",
             "use an image with shim-signed and grub-efi-amd64-signed, or a platform without Secure Boot",
         ),
+        Firmware::Uefi if platform.secure_boot && boot.efi_signed == Some(false) => {
+            let program = boot.efi.as_ref().map_or("program", EfiProgram::describe);
+            let hint = "use an image whose boot programs are signed, or a platform without Secure Boot";
+            found.refuse("SECURE_BOOT", format!("the disk is started by {program}, which carries no signature"), hint);
+        }
         _ => {}
     }
 }

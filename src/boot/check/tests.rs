@@ -330,6 +330,14 @@ fn secure_boot_needs_signed_programs_and_a_signed_kernel() {
     case.starts();
     case.kernel().signed = false;
     case.refused("SECURE_BOOT");
+    case.kernel().signed = true;
+    for efi in [EfiProgram::ImageBootEntries { token: "debian".into() }, EfiProgram::ImageShim { vendor: "x".into() }] {
+        case.boot.efi = Some(efi);
+        case.boot.efi_signed = Some(true);
+        case.starts();
+        case.boot.efi_signed = Some(false);
+        case.refused("SECURE_BOOT");
+    }
 }
 
 #[test]

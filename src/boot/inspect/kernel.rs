@@ -246,6 +246,11 @@ fn text_at(bytes: &[u8], at: usize) -> Option<String> {
     (!text.is_empty() && text.iter().all(|byte| (0x20..0x7f).contains(byte))).then(|| String::from_utf8_lossy(&text).into_owned())
 }
 
+/// Whether a UEFI program carries a signature, by whoever; nothing for what is no such program.
+pub fn is_signed(bytes: &[u8]) -> Option<bool> {
+    pe_of(bytes).map(|pe| pe.signed)
+}
+
 struct Pe {
     machine: Option<&'static str>,
     signed: bool,
