@@ -113,6 +113,9 @@ pub struct PlatformConfig {
     /// Whether only signed programs are started.
     #[serde(default)]
     pub secure_boot: bool,
+    /// Whether disks get `/boot/extlinux/extlinux.conf`, for boards and loaders that read it.
+    #[serde(default)]
+    pub extlinux: bool,
     /// Virtual CPUs.
     #[serde(default = "one")]
     pub cpus: u32,
@@ -164,6 +167,7 @@ impl PlatformConfig {
             arch: self.arch.clone().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             consoles: self.consoles.clone(),
             secure_boot: self.secure_boot,
+            extlinux: self.extlinux,
         }
     }
 }

@@ -102,6 +102,29 @@ fn pygrub_finds_the_kernel_on_a_bare_and_on_a_partitioned_disk() {
     }
 }
 
+#[test]
+fn pygrub_reads_extlinux_and_menu_lst_where_there_is_no_other_menu() {
+    let daemon = Daemon::start("[[platform]]\nname = \"board\"\nhypervisor = \"xen\"\nmode = \"pv\"\nmemory = \"512 MiB\"\nextlinux = true\n");
+    let fixture = fixture::get("bookworm-ifupdown");
+    for (instance, layout) in [("extlinux-1", "bare"), ("extlinux-2", "gpt")] {
+        let image = image(&daemon, "bookworm-ifupdown", &json!({"disk": {"layout": layout}}));
+        let rendered = render(&daemon, &image, instance, "RAW", &json!({"platforms": ["board"]}));
+        let path = rendered.root()["volume"]["device"].as_str().expect("a path").to_owned();
+        let uuid = rendered.root()["filesystem"]["uuid"].as_str().expect("a UUID");
+        let offset = rendered.root()["filesystem"]["offsetBytes"].as_str().expect("a number").to_owned();
+        // As it is, without GRUB 2's menu, without GRUB legacy's.
+        for gone in [None, Some("/boot/grub/grub.cfg"), Some("/boot/grub/menu.lst")] {
+            if let Some(gone) = gone {
+                shell(&format!("debugfs -w -R 'rm {gone}' \"$1?offset={offset}\""), Path::new(&path), false);
+            }
+            let found = pygrub::run(Path::new(&path));
+            assert!(found.kernel == fs::read(&fixture.kernel).expect("readable"), "{layout} without {gone:?}: {}", found.args);
+            assert!(found.ramdisk == fs::read(&fixture.initrd).ok(), "{layout} without {gone:?}");
+            assert_eq!(found.args.trim_end(), format!("root=UUID={uuid} ro console=hvc0"), "{layout} without {gone:?}");
+        }
+    }
+}
+
 /// The ESP of a disk as files, as the guest's own bootctl sees them.
 #[test]
 fn bootctl_lists_the_entries_of_an_image_with_systemd_boot() {

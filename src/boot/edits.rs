@@ -6,6 +6,7 @@
 //! | `/boot/grub2/grub.cfg` | the image has one: its root is replaced |
 //! | `/boot/loader/entries/*.conf` | the root in `options` is replaced |
 //! | `/boot/grub/menu.lst` | the platform is Xen's paravirtual one: for pvgrub, and for pygrub before it knew GRUB 2 |
+//! | `/boot/extlinux/extlinux.conf` | a platform asks for it (`extlinux`): U-Boot, syslinux's extlinux, pygrub |
 //! | `/etc/kernel/{cmdline,entry-token}` | systemd-boot's entries are on the disk: what `kernel-install` writes into new ones |
 //! | `/etc/default/grub.d/90-cloudletd.cfg` | the image has the directory: the consoles survive the guest's own `update-grub` |
 //!
@@ -95,6 +96,9 @@ pub fn edits(inputs: &Inputs<'_>, claimed: &dyn Fn(&str) -> bool) -> Result<Boot
     if inputs.platforms.iter().any(|platform| platform.mode == Mode::Pv) {
         let root = if inputs.layout == Layout::Bare { "(hd0)" } else { "(hd0,0)" };
         written.write("/boot/grub/menu.lst", grub::menu_lst(&entries, root), "kernels for pygrub and pvgrub")?;
+    }
+    if inputs.platforms.iter().any(|platform| platform.extlinux) {
+        written.write("/boot/extlinux/extlinux.conf", grub::extlinux_conf(&entries), "kernels for U-Boot and extlinux")?;
     }
     if matches!(inputs.facts.resolve("/etc/default/grub.d"), Some((_, node)) if node.kind == NodeKind::Directory) {
         written.write("/etc/default/grub.d/90-cloudletd.cfg", grub_defaults(inputs), "consoles, for the guest's own update-grub")?;

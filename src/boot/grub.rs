@@ -87,6 +87,18 @@ pub fn menu_lst(entries: &[Entry], root: &str) -> String {
     text
 }
 
+/// `extlinux.conf` with these entries, for syslinux, U-Boot and pygrub. The initrd stands among the arguments, which is the one way that all three know: they
+/// take it from there.
+pub fn extlinux_conf(entries: &[Entry]) -> String {
+    let mut text = format!("# Written by cloudletd for this disk.\ndefault entry0\nprompt 0\ntimeout {}\n", TIMEOUT_S * 10);
+    for (number, entry) in entries.iter().enumerate() {
+        let initrd = entry.initrd.as_ref().map(|initrd| format!(" initrd={initrd}")).unwrap_or_default();
+        let (title, kernel, cmdline) = (title(&entry.title), &entry.kernel, &entry.cmdline);
+        text += &format!("\nlabel entry{number}\n\tmenu label {title}\n\tkernel {kernel}\n\tappend {cmdline}{initrd}\n");
+    }
+    text
+}
+
 fn title(text: &str) -> String {
     text.chars().filter(|c| !c.is_control() && !matches!(c, '"' | '\'' | '\\' | '$' | '`' | '{' | '}')).collect()
 }
@@ -180,6 +192,16 @@ mod tests {
                 "{MARK}\ndefault 0\ntimeout 1\n\ntitle Debian 12, Linux 6.1\nroot (hd0,0)\nkernel /boot/vmlinuz-6.1 root=UUID=1 ro\n\
                  initrd /boot/initrd.img-6.1\n\ntitle x\nroot (hd0,0)\nkernel /opt/k root=/dev/xvda1\n"
             )
+        );
+    }
+
+    #[test]
+    fn extlinux_has_the_initrd_among_the_arguments() {
+        assert_eq!(
+            extlinux_conf(&entries()),
+            "# Written by cloudletd for this disk.\ndefault entry0\nprompt 0\ntimeout 10\n\nlabel entry0\n\tmenu label Debian 12, Linux 6.1\n\tkernel \
+             /boot/vmlinuz-6.1\n\tappend root=UUID=1 ro initrd=/boot/initrd.img-6.1\n\nlabel entry1\n\tmenu label x\n\tkernel /opt/k\n\tappend \
+             root=/dev/xvda1\n"
         );
     }
 

@@ -140,6 +140,9 @@ pub struct Platform {
     /// Whether the firmware starts signed programs only (UEFI Secure Boot).
     #[serde(default)]
     pub secure_boot: bool,
+    /// Whether what starts there reads `/boot/extlinux/extlinux.conf` (U-Boot, extlinux): it is written then.
+    #[serde(default)]
+    pub extlinux: bool,
 }
 
 fn host_arch() -> String {
@@ -255,7 +258,7 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn platform(hypervisor: Hypervisor, mode: Mode, firmware: Firmware, bus: Bus) -> Platform {
-        Platform { hypervisor, mode, firmware, bus, arch: "x86_64".into(), consoles: Vec::new(), secure_boot: false }
+        Platform { hypervisor, mode, firmware, bus, arch: "x86_64".into(), consoles: Vec::new(), secure_boot: false, extlinux: false }
     }
 
     #[test]

@@ -199,7 +199,7 @@ impl Platform {
             Mode::Dom0 => (Hypervisor::None, boot::Mode::Metal),
         };
         let (firmware, bus, secure_boot) = (self.firmware(), self.bus(), self.secure_boot);
-        boot::Platform { hypervisor, mode, firmware, arch, bus, consoles: Vec::new(), secure_boot }
+        boot::Platform { hypervisor, mode, firmware, arch, bus, consoles: Vec::new(), secure_boot, extlinux: false }
     }
 
     /// Why guests of a kind can't be created on this platform, whatever runs on it.
