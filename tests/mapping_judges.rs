@@ -218,7 +218,7 @@ fn machines<'a>(mapping: &'a Mapping, platforms: &'a [Platform]) -> Vec<Machine<
 }
 
 fn platform(hypervisor: Hypervisor, mode: Mode, firmware: Firmware, bus: Bus) -> Platform {
-    Platform { hypervisor, mode, firmware, bus, arch: "x86_64".into(), consoles: Vec::new(), secure_boot: false }
+    Platform { hypervisor, mode, firmware, bus, arch: "x86_64".into(), consoles: Vec::new(), secure_boot: false, extlinux: false }
 }
 
 fn xen_platforms() -> Vec<Platform> {
