@@ -1,6 +1,9 @@
-//! What changes around the daemon: the clock steps, a device is gone when it starts.
+//! What changes around the daemon: the clock steps, a device is gone when it starts, another host does the same on another day.
 
-use std::fs;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use cloudletd::proto::{self, VolumeFormat, collect_garbage_request::Goal};
 
@@ -60,6 +63,56 @@ fn a_clock_that_steps_by_years_changes_no_answer_and_removes_nothing_that_is_use
     assert!(collect(&rig, 0).iter().all(|object| object.removed));
     judge::look(&rig, false);
     rig.kill();
+}
+
+/// Prerenders a Debian on a host of its own, whose clock is off by `years`; digests of the golden disks.
+fn goldens_of_debian(library: &Path, years: i64) -> Vec<String> {
+    let fixtures =
+        std::env::var_os("CLOUDLETD_FIXTURES").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fixtures"), PathBuf::from);
+    let tarball = fixtures.join("bookworm-ifupdown.tar.zst");
+    let mut rig = Rig::with(
+        |root| {
+            fs::copy(&tarball, root.join("debian.tar.zst")).unwrap_or_else(|error| panic!("{}: {error} (scripts/fixtures.sh)", tarball.display()));
+            fs::write(root.join("clock"), (years * YEAR).to_string()).expect("write");
+        },
+        &[],
+    );
+    let clock = rig.path("clock");
+    rig.environment =
+        vec![("LD_PRELOAD".into(), library.to_str().expect("text").into()), ("FAULTY_CLOCK".into(), clock.to_str().expect("text").into())];
+    rig.start(None);
+    let mut clients = rig.clients();
+    let url = format!("file://{}", rig.path("debian.tar.zst").display());
+    let manifest = serde_json::json!({"name": "debian", "entry_points": {"kernel": {"os": "linux"}}, "rootfs": {"url": url}});
+    let mut digests = Vec::new();
+    rig.runtime.block_on(async {
+        let request = proto::CreateImageRequest { manifest_json: manifest.to_string(), ..Default::default() };
+        let image = clients.images.create_image(request).await.expect("created").into_inner().image.expect("an image").id;
+        for layout in [proto::DiskLayout::Bare, proto::DiskLayout::Gpt, proto::DiskLayout::Hybrid] {
+            let golden = proto::GoldenOptions { layout: layout as i32, size_bytes: 2 << 30, ..Default::default() };
+            let request = proto::PrerenderRequest { image_id: image.clone(), golden: Some(golden), ..Default::default() };
+            let render = clients.renders.prerender(request).await.expect("accepted").into_inner().render.expect("a render").id;
+            let mut stream = clients.renders.watch_render(proto::WatchRenderRequest { render_id: render }).await.expect("watched").into_inner();
+            let mut last = None;
+            while let Some(message) = stream.message().await.expect("no error in the stream") {
+                last = message.render;
+            }
+            let last = last.expect("an end");
+            assert_eq!(last.state(), proto::RenderState::Succeeded, "{:?}", last.error);
+            let goldens = clients.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens;
+            digests.push(goldens.iter().find(|golden| golden.key == last.golden_key).expect("it is there").digest.clone());
+        }
+    });
+    rig.kill();
+    digests
+}
+
+#[test]
+fn golden_disks_are_the_same_on_two_hosts_and_dates_in_every_layout() {
+    let library = faulty();
+    let (here, there) = (goldens_of_debian(library.path(), 0), goldens_of_debian(library.path(), 7));
+    assert_eq!(here, there);
+    assert!(here[0] != here[1] && here[1] != here[2], "{here:?}");
 }
 
 #[test]
