@@ -10,7 +10,7 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::{Catalog, failed, leases, rows::all};
+use super::{Catalog, failed, journal::readable, leases, rows::all};
 use crate::{
     error::{Error, Kind, Result, Stage},
     names::Digest,
@@ -109,7 +109,7 @@ impl Catalog {
                 text.parse().map_err(|why: String| Error::new(Kind::Corrupt, Stage::Store, "catalogue", format!("journal: {why}")))?;
             Ok((kind, object))
         };
-        names.into_iter().map(parse).collect()
+        Ok(names.into_iter().filter_map(|name| readable(parse(name))).collect())
     }
 
     /// All blobs, the longest unused first.

@@ -98,7 +98,8 @@ pub struct RenderEntry {
 }
 
 impl Catalog {
-    /// Entries of renders, oldest first, each with the id of its render and the secret of its root.
+    /// Entries of renders, oldest first, each with the id of its render and the secret of its root. One that can't be read stays and is logged: it is no reason
+    /// not to look after the others.
     pub fn render_entries(&self) -> Result<Vec<(String, RenderEntry, Option<Secret>)>> {
         let rows = self.read(|connection| {
             all(connection, "SELECT subject, detail, secret FROM journal WHERE what='render' ORDER BY seq", [], |row| {
@@ -109,7 +110,7 @@ impl Catalog {
             let unreadable = |error| Error::new(Kind::Corrupt, Stage::Store, id.clone(), "its journal entry is not readable").with_source(error);
             Ok((id.clone(), serde_json::from_str(&detail).map_err(unreadable)?, secret.map(Secret::new)))
         };
-        rows.into_iter().map(parse).collect()
+        Ok(rows.into_iter().filter_map(|row| readable(parse(row))).collect())
     }
 
     /// Adds to a render's entry what it is about to publish; `seed` is the root's.
@@ -153,8 +154,13 @@ impl Catalog {
             let parts = text.split_once('/').and_then(|(pool, name)| Some((pool.parse().ok()?, name.parse().ok()?)));
             parts.ok_or_else(|| Error::new(Kind::Corrupt, Stage::Store, text.clone(), "the journal names no volume with this"))
         };
-        rows.into_iter().map(parse).collect()
+        Ok(rows.into_iter().filter_map(|row| readable(parse(row))).collect())
     }
+}
+
+/// What of the journal can be read.
+pub(super) fn readable<T>(entry: Result<T>) -> Option<T> {
+    entry.inspect_err(|error| tracing::error!(error = %error.chain(), "an entry of the journal is left alone")).ok()
 }
 
 fn subject(key: &VolumeKey) -> String {
