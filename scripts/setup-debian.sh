@@ -22,7 +22,7 @@ readonly TEST=(
     # Registries: a server, and a client of somebody else's. Squashfs.
     docker-registry:docker-registry skopeo:skopeo mksquashfs:squashfs-tools
     # Signatures.
-    gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent minisign:minisign
+    gpg:gpg gpgconf:gpgconf gpg-agent:gpg-agent minisign:minisign age:age age-keygen:age
     # simplestreams' own tools and an S3 server (scripts/tools.sh).
     gpgv:gpgv /usr/share/doc/python3-venv:python3-venv
     # scripts/fuzz.sh: libFuzzer is C++.

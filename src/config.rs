@@ -1,6 +1,7 @@
 //! The configuration file: TOML, every key with a default and a unit, unknown keys refused, everything cross-checked before a socket is bound.
 
 mod access;
+pub mod age;
 mod audit;
 mod fetch;
 mod gc;
@@ -86,6 +87,8 @@ pub struct Config {
     pub worker: worker::Worker,
     /// What other hosts may take from this one, and whom it takes from.
     pub share: share::Share,
+    /// Keys that open encrypted tarballs. Default: none.
+    pub age: age::Age,
     /// Whose signatures are required, by source. Default: nobody's.
     #[serde(rename = "trust")]
     pub trust: Vec<trust::Trust>,
@@ -309,6 +312,7 @@ impl Default for Config {
             publish: streams::Publish::default(),
             worker: worker::Worker::default(),
             share: share::Share::default(),
+            age: age::Age::default(),
             trust: Vec::new(),
         }
     }
@@ -464,6 +468,7 @@ impl Config {
             }
         }
         self.worker.check()?;
+        self.age.check()?;
         trust::check(&self.trust)?;
         Ok(self)
     }
@@ -530,6 +535,7 @@ mod tests {
             ("[[stream]]\nname='a'\nurl='nowhere'\npolicy='unsigned'", "stream[0].url"),
             ("[[stream]]\nname='a'\nurl='https://a.example/'\npolicy='unsigned'\nfilters=['arch']", "stream[0].filters"),
             ("[publish]\nlisten='127.0.0.1:1'", "publish.directory"),
+            ("[age]\nidentities=['key']", "age.identities"),
             ("[[trust]]\nprefix='https://a/'\nrequire='signature'", "trust[0].require"),
             ("[[trust]]\nprefix='https://a/'\nrequire='signature'\nopenpgp=['/a']\nminisign=['/b']\nsuffix='.s'", "trust[0].suffix"),
             ("[[trust]]\nprefix='https://a/x%2fy/'\nrequire='nothing'", "trust[0].prefix"),

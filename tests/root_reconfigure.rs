@@ -308,6 +308,8 @@ async fn what_is_in_use_or_not_ours_to_change_is_refused_by_name() {
 /// The daemon's engine without its server.
 fn engine(dir: &Path) -> std::sync::Arc<Engine> {
     let mut config = Config { state_dir: dir.join("state"), ..Config::default() };
+    // This process is no cloudletd.
+    config.worker.program = Some(env!("CARGO_BIN_EXE_cloudletd").into());
     config.pools = vec![PoolConfig::Directory { name: "default".parse().expect("valid"), path: dir.join("pool") }];
     let store = Store::open(&config.state_dir).expect("the store");
     Engine::new(store, config.checked().expect("valid")).expect("an engine")

@@ -17,14 +17,20 @@ use cloudletd::{
     config::worker::{Confine, Worker},
     disk::Layout,
     error::{Error, Kind, Result},
-    fs::{FsKind, Profile},
-    names::Digest,
+    fs::{
+        FsKind, Profile, ReadAt,
+        edit::{Attrs, Edit, EditOp, EditRequest},
+    },
+    names::{Digest, GuestPath},
     progress::Progress,
-    render::golden::{BuiltDisk, build_disk},
+    render::{
+        golden::{BuiltDisk, build_disk},
+        study::Root,
+    },
     store::records::{GoldenBoot, GoldenSpec},
     target::Pacer,
     tree::decompress::Compression,
-    units::{Bytes, MIB},
+    units::{Bytes, MIB, Timestamp},
     worker::Launcher,
 };
 use common::{daemon::Daemon, fixture, leak::LeakGuard};
@@ -269,4 +275,164 @@ fn a_worker_killed_in_the_middle_leaves_nothing_in_the_daemons_store() {
     assert!(said.contains("WORKER_DIED"), "{said}");
     let left = |folder: &str| fs::read_dir(daemon.directory().join("state").join(folder)).map_or(0, |entries| entries.count());
     assert_eq!((left("goldens"), left("tmp")), (0, 0), "a build that failed leaves nothing");
+}
+
+/// A guest's disk: an ext4 filesystem in a file, made by mke2fs.
+fn guest_disk(dir: &Path) -> (Arc<File>, Root) {
+    let path = dir.join("guest.raw");
+    fs::write(&path, b"").expect("create");
+    File::options().write(true).open(&path).and_then(|file| file.set_len(64 * MIB)).expect("set its size");
+    let tree = dir.join("guest");
+    fs::create_dir_all(tree.join("etc")).expect("make a tree");
+    fs::write(tree.join("etc/hostname"), "guest\n").expect("write");
+    fs::write(tree.join("etc/os-release"), "ID=debian\n").expect("write");
+    let uuid = "3f0e9a52-1111-4222-8333-444455556666";
+    run("mke2fs", &["-q", "-F", "-t", "ext4", "-U", uuid, "-d", tree.to_str().expect("text"), path.to_str().expect("text")]);
+    let root = Root { object: "guest".into(), offset: 0, len: 64 * MIB, uuid: uuid.into(), disk_len: 64 * MIB };
+    (Arc::new(File::open(path).expect("there")), root)
+}
+
+fn edits() -> EditRequest {
+    let write = |path: &str, content: Vec<u8>| Edit {
+        path: GuestPath::new(path).expect("a path"),
+        op: EditOp::WriteFile { content, attrs: Attrs::root(0o600) },
+        why: "a test".into(),
+        secret: true,
+    };
+    let edits = vec![write("/etc/hostname", b"moved\n".to_vec()), write("/etc/large", vec![b'x'; 1_000_000])];
+    EditRequest { edits, now: Timestamp { secs: 1_800_000_000, nanos: 7 }, ..EditRequest::default() }
+}
+
+#[test]
+fn a_guests_filesystem_is_read_by_a_process_that_can_do_nothing_else() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (disk, root) = guest_disk(dir.path());
+    let watched = [GuestPath::new("/etc/hostname").expect("a path")];
+    let (progress, reader) = (Progress::default(), || Arc::clone(&disk) as Arc<dyn ReadAt>);
+    let study = |confine| launcher(confine).study(reader(), &root, &watched, &progress).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let (inside, confined) = (study(Confine::Off), study(Confine::Required));
+    assert_eq!(confined.facts().text("/etc/hostname"), Some("guest\n"));
+    assert_eq!(inside.facts(), confined.facts());
+    let patch = |study: cloudletd::worker::Study| study.edit(&edits(), &progress).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let (inside, confined) = (patch(inside), patch(confined));
+    assert!(inside.iter().eq(confined.iter()) && confined.len() > 200, "{inside:?} {confined:?}");
+    let changed = dir.path().join("changed.raw");
+    fs::copy(dir.path().join("guest.raw"), &changed).expect("copy");
+    let file = File::options().write(true).open(&changed).expect("there");
+    confined.iter().for_each(|(number, block)| std::os::unix::fs::FileExt::write_all_at(&file, block, number * 4096).expect("write"));
+    run("e2fsck", &["-fn", changed.to_str().expect("text")]);
+
+    for call in ["open", "socket", "execve", "fork", "panic"] {
+        let error = launcher(Confine::Required).with_misdeed(call).study(reader(), &root, &watched, &progress).err().expect(call);
+        assert_eq!(error.reason(), "WORKER_DIED", "{call}: {}", error.chain());
+    }
+    // What is refused has the reason that it has without a worker; what is given up ends the process.
+    let other = Root { uuid: uuid::Uuid::nil().to_string(), ..root.clone() };
+    for confine in [Confine::Off, Confine::Required] {
+        let error = launcher(confine).study(reader(), &other, &watched, &progress).err().expect("another filesystem");
+        assert_eq!((error.kind(), error.reason()), (Kind::Conflict, "ROOT_CHANGED"));
+        let begun = Instant::now();
+        drop(study(confine));
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn a_filesystem_that_was_made_to_hurt_its_reader_hurts_nobody() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (disk, root) = guest_disk(dir.path());
+    let progress = Progress::default();
+    let mut bytes = fs::read(dir.path().join("guest.raw")).expect("there");
+    // The superblock's own fields, the group descriptors, the first inodes: extreme values everywhere.
+    let mut refused = 0;
+    for at in (1024..1024 + 264).step_by(4).chain((4096..4096 + 64).step_by(4)) {
+        let kept = bytes[at..at + 4].to_vec();
+        bytes[at..at + 4].copy_from_slice(&0xffff_fff0u32.to_le_bytes());
+        let path = dir.path().join("hostile.raw");
+        fs::write(&path, &bytes[..2 << 20]).and_then(|()| File::options().write(true).open(&path)?.set_len(64 * MIB)).expect("write");
+        let file: Arc<dyn ReadAt> = Arc::new(File::open(&path).expect("there"));
+        match cloudletd::render::study::open(file, &root) {
+            Ok((view, image)) => {
+                let _any = cloudletd::render::study::facts(&image, &[], &progress);
+                let _any = cloudletd::render::study::edit(view, &edits(), &progress);
+            }
+            Err(_) => refused += 1,
+        }
+        bytes[at..at + 4].copy_from_slice(&kept);
+    }
+    assert!(refused > 20, "{refused}");
+    drop(disk);
+}
+
+#[test]
+fn the_host_says_which_layers_it_does_not_give() {
+    assert_eq!(launcher(Confine::Off).missing_layers().expect("asked nobody"), None);
+    let missing = launcher(Confine::Required).missing_layers().expect("a worker can be confined").expect("is confined");
+    // Which they are depends on the host; that this one has namespaces follows from being root.
+    assert!(missing.iter().all(|layer| !layer.contains("another user")), "{missing:?}");
+    println!("missing here: {missing:?}");
+}
+
+/// Mounts a disk for reading as long as it lives.
+struct Mounted {
+    at: tempfile::TempDir,
+}
+
+impl Mounted {
+    fn new(disk: &Path, kind: &str) -> Mounted {
+        let at = tempfile::tempdir().expect("temporary directory");
+        let options = if kind == "xfs" { "loop,ro,nouuid,norecovery" } else { "loop,ro" };
+        run("mount", &["-t", kind, "-o", options, disk.to_str().expect("text"), at.path().to_str().expect("text")]);
+        Mounted { at }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _gone = Command::new("umount").arg(self.at.path()).status();
+    }
+}
+
+#[test]
+fn an_archive_for_xfs_or_btrfs_is_read_by_a_worker_too() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let tar = archive(dir.path());
+    run("zstd", &["--quiet", "--keep", tar.to_str().expect("text")]);
+    for (kind, filesystem) in [("xfs", FsKind::Xfs), ("btrfs", FsKind::Btrfs)] {
+        let build = |confine, blob: &Path, misdeed: Option<&str>| {
+            let launcher = misdeed.into_iter().fold(launcher(confine), |launcher, misdeed| launcher.with_misdeed(misdeed));
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let spec = GoldenSpec { filesystem, ..spec(512 * MIB) };
+            let result = build_disk(dir.path(), blob, None, &spec, &launcher, &Arc::new(Pacer::default()), &Progress::default());
+            Build { dir, result }
+        };
+        let zst = dir.path().join("tree.tar.zst");
+        let builds = [(Confine::Off, tar.as_path()), (Confine::Required, &tar), (Confine::Required, &zst)].map(|(confine, blob)| {
+            let build = build(confine, blob, None);
+            if let Err(error) = &build.result {
+                panic!("{kind}, {confine:?}: {}", error.chain());
+            }
+            build.dir
+        });
+        let facts = |dir: &tempfile::TempDir| fs::read(dir.path().join("facts.json")).expect("written");
+        assert!(builds.iter().all(|dir| facts(dir) == facts(&builds[0])), "{kind}: other facts");
+        for built in &builds[1..] {
+            let (one, other) = (Mounted::new(&builds[0].path().join("disk.raw"), kind), Mounted::new(&built.path().join("disk.raw"), kind));
+            let paths = [one.at.path().to_str().expect("text"), other.at.path().to_str().expect("text")];
+            run("diff", &["-r", "--no-dereference", paths[0], paths[1]]);
+        }
+        // What is wrong with an archive has the reason that it has without a worker, wherever in it that is.
+        let cut = dir.path().join("cut.tar");
+        fs::write(&cut, &fs::read(&tar).expect("there")[..6_000_000]).expect("write");
+        for confine in [Confine::Off, Confine::Required] {
+            assert_eq!(error_of(build(confine, &cut, None)).reason(), "ARCHIVE_TRUNCATED", "{kind}, {confine:?}");
+        }
+        for call in ["open", "execve", "mount"] {
+            let build = build(Confine::Required, &tar, Some(call));
+            let mut leaks = LeakGuard::new(build.dir.path());
+            assert_eq!(error_of(build).reason(), "WORKER_DIED", "{kind}, {call}");
+            leaks.check();
+        }
+    }
 }

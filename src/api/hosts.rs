@@ -32,6 +32,14 @@ fn tls_status(status: &tls::Status) -> proto::TlsStatus {
     }
 }
 
+fn confinement(engine: &Engine) -> proto::Confinement {
+    match engine.missing_layers() {
+        Ok(Some(missing)) => proto::Confinement { confined: true, missing, error: String::new() },
+        Ok(None) => proto::Confinement::default(),
+        Err(error) => proto::Confinement { confined: true, missing: Vec::new(), error },
+    }
+}
+
 fn pool_info(pool: &Pool) -> proto::PoolInfo {
     match &pool.place {
         Place::Directory { path } => {
@@ -131,6 +139,7 @@ impl HostService for Hosts {
                 renders_running,
                 renders_queued,
                 tls,
+                confinement: Some(confinement(&engine)),
             })
         });
         Ok(Response::new(response.await?))

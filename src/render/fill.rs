@@ -1,9 +1,14 @@
-//! What of a golden's build reads foreign bytes: blob → decompress → tar → facts → filesystem → boot loaders → digest.
+//! What of a golden's build reads foreign bytes: blob → (decrypt) → decompress → tar → facts → filesystem → boot loaders → digest.
 //!
 //! Everything it touches is passed open: it runs in a confined process (`crate::worker`) that can open nothing. What it gives back is what the daemon
 //! keeps beside the disk.
 
-use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +18,7 @@ use crate::{
         prepare::{self, DiskBoot},
     },
     error::{Error, Kind, Result, Stage},
-    fs::{BuildParams, BuiltFs, Filesystem, Region, TreeBuilder, WriteObserver},
+    fs::{BuildParams, BuiltFs, Filesystem, Region, WriteObserver},
     guest::{facts::GuestFacts, watch::Watch},
     manifest::{BootSpec, volatile::Volatile},
     names::{Digest, GuestPath},
@@ -21,10 +26,12 @@ use crate::{
     render::golden::{self, GoldenIds},
     store::{digest::Follower, records::GoldenSpec},
     tree::{
-        archive, below,
+        TreeSink, archive, below,
         collect::Collector,
         decompress::{self, Compression},
+        error_of_read,
     },
+    trust::age::{self, FileKey},
 };
 
 /// What a build starts from.
@@ -35,6 +42,8 @@ pub struct Inputs<'a> {
     pub blob_name: &'a str,
     /// How it is said to be compressed; the bytes decide when nobody said.
     pub declared: Option<Compression>,
+    /// The key that opens it, when it is encrypted.
+    pub file_key: Option<FileKey>,
     /// The disk, open for reading and writing, of its full size and without data.
     pub disk: Arc<File>,
     /// Its name in errors.
@@ -80,7 +89,35 @@ impl WriteObserver for Observed {
 
 /// Fills the disk, which is flushed when this returns. On an error its content is undefined.
 pub fn fill(inputs: Inputs<'_>, filesystem: &dyn Filesystem, brake: Arc<dyn Brake>, progress: &Progress) -> Result<Filled> {
-    let Inputs { blob, blob_name, declared, disk, disk_name, spec, loaders } = inputs;
+    fill_from(inputs, filesystem, brake, progress, &mut |archive, sink| read_archive(archive, sink, progress))
+}
+
+/// An archive that is to be read.
+pub struct Archive<'a> {
+    /// The tarball, at its start.
+    pub blob: File,
+    /// Its name in errors.
+    pub name: &'a str,
+    /// How it is said to be compressed; the bytes decide when nobody said.
+    pub declared: Option<Compression>,
+    /// The key that opens it, when it is encrypted.
+    pub file_key: Option<FileKey>,
+    /// What it is read for.
+    pub spec: &'a GoldenSpec,
+}
+
+/// Reads an archive: its entries go to the sink, what injection has to know of them is the answer.
+pub type ReadArchive<'r> = dyn FnMut(Archive<'_>, &mut dyn TreeSink) -> Result<GuestFacts> + 'r;
+
+/// [`fill`] with an archive that somebody else reads.
+pub fn fill_from(
+    inputs: Inputs<'_>,
+    filesystem: &dyn Filesystem,
+    brake: Arc<dyn Brake>,
+    progress: &Progress,
+    read: &mut ReadArchive<'_>,
+) -> Result<Filled> {
+    let Inputs { blob, blob_name, declared, file_key, disk, disk_name, spec, loaders } = inputs;
     let ids = GoldenIds::of(&spec.key());
     let plan = golden::disk_plan(spec, spec.size_bytes, ids.disk)?;
     let root = plan.root();
@@ -97,7 +134,7 @@ pub fn fill(inputs: Inputs<'_>, filesystem: &dyn Filesystem, brake: Arc<dyn Brak
     let mut builder = filesystem.builder(&params, region, progress)?;
     let follower = Arc::new(Follower::new(spec.size_bytes));
     builder.observe(Arc::new(Observed { follower: Arc::clone(&follower), brake }));
-    let facts = stream_tree(blob, blob_name, declared, spec, progress, &mut *builder)?;
+    let facts = read(Archive { blob, name: blob_name, declared, file_key, spec }, &mut *builder)?;
     let built = builder.finish()?;
     let whole = Region { file: Arc::clone(&disk), offset: 0, len: spec.size_bytes };
     plan.write_table(&whole)?;
@@ -122,18 +159,13 @@ fn boot_spec(spec: &GoldenSpec) -> BootSpec {
 }
 
 fn stream_tree(
-    blob: File,
-    name: &str,
-    declared: Option<Compression>,
+    input: Box<dyn Read + Send>,
+    compression: Compression,
     spec: &GoldenSpec,
     progress: &Progress,
-    sink: &mut dyn TreeBuilder,
+    sink: &mut dyn TreeSink,
 ) -> Result<GuestFacts> {
-    let compression = match declared {
-        Some(compression) => compression,
-        None => detected(&blob, name)?,
-    };
-    let mut input = decompress::open_with(Box::new(blob), compression, decompress::Limits::default(), progress)?;
+    let mut input = decompress::open_with(input, compression, decompress::Limits::default(), progress)?;
     let volatile = Volatile::compile(&spec.volatile)?;
     // The archive's filter can't fail; a pattern that does (too much backtracking) is remembered and fails the build at the end.
     let failure = std::cell::RefCell::new(None);
@@ -171,6 +203,30 @@ fn stream_tree(
     Ok(collector.finish())
 }
 
+/// Reads an archive in this process.
+pub fn read_archive(archive: Archive<'_>, sink: &mut dyn TreeSink, progress: &Progress) -> Result<GuestFacts> {
+    let Archive { blob, name, declared, file_key, spec } = archive;
+    let (input, compression) = opened(blob, name, declared, file_key.as_ref())?;
+    stream_tree(input, compression, spec, progress, sink)
+}
+
+/// The archive's bytes, decrypted, and how they are compressed.
+fn opened(blob: File, name: &str, declared: Option<Compression>, key: Option<&FileKey>) -> Result<(Box<dyn Read + Send>, Compression)> {
+    let Some(key) = key else {
+        let compression = declared.map_or_else(|| detected(&blob, name), Ok)?;
+        return Ok((Box::new(blob), compression));
+    };
+    let mut plain = age::open(blob, key, name)?;
+    if let Some(compression) = declared {
+        return Ok((plain, compression));
+    }
+    let mut first = Vec::new();
+    let read = plain.by_ref().take(decompress::DETECT_LEN as u64).read_to_end(&mut first);
+    read.map_err(|error| error_of_read(error, Stage::Golden, name, "decrypt its beginning"))?;
+    let compression = compression_of(&first, name)?;
+    Ok((Box::new(io::Cursor::new(first).chain(plain)), compression))
+}
+
 /// What the first bytes say, for a tarball that nobody declared a media type for. Its position stays where it is.
 pub fn detected(blob: &File, name: &str) -> Result<Compression> {
     let mut first = [0; decompress::DETECT_LEN];
@@ -183,7 +239,11 @@ pub fn detected(blob: &File, name: &str) -> Result<Compression> {
             Err(error) => return Err(Error::io(Stage::Golden, name, "read the tarball", error)),
         }
     }
-    Compression::detect(&first[..len]).ok_or_else(|| {
+    compression_of(&first[..len], name)
+}
+
+fn compression_of(first: &[u8], name: &str) -> Result<Compression> {
+    Compression::detect(first).ok_or_else(|| {
         Error::new(Kind::InvalidRequest, Stage::Golden, name, "is neither a tar archive nor one compressed by gzip, xz, zstd or bzip2")
             .with_reason("ROOTFS_FORMAT_UNKNOWN")
     })

@@ -14,6 +14,7 @@
 //! admission space promised to renders that run; memory
 //! quota     what one owner's renders may take together
 //! reconfigure  a stopped instance's volume, changed in place
+//! study     what of it reads the guest's filesystem                in a confined process (worker)
 //! start     which kernel an instance starts with on a platform, or why it does not
 //! machine   the whole machine in the forms of hypervisors' tools
 //! recover   what a daemon does first
@@ -42,6 +43,7 @@ pub mod reconfigure;
 mod recover;
 pub mod resolve;
 pub(crate) mod start;
+pub mod study;
 pub mod verify;
 pub mod volume;
 pub mod vouch;
@@ -70,7 +72,7 @@ use crate::{
         Pool,
         pace::{self, Pacer},
     },
-    trust::{SIGNATURE_BYTES_MAX, policy::Policy},
+    trust::{SIGNATURE_BYTES_MAX, age::Identities, policy::Policy},
     worker::Launcher,
 };
 
@@ -81,6 +83,9 @@ const LOADED_GOLDENS_MAX: usize = 32;
 
 /// Uploads at one time. Each holds a blocking thread for as long as the sender likes, and those are what everything else runs on.
 pub const UPLOADS_MAX: usize = 16;
+
+/// Layers of confinement that this host does not give; none when nothing is confined; why nothing can be.
+pub type Layers = Result<Option<Vec<String>>, String>;
 
 /// Everything the stages share. One per daemon.
 pub struct Engine {
@@ -125,8 +130,10 @@ pub struct Engine {
     pub(crate) pacer: Arc<Pacer>,
     /// What is known of simplestreams sources.
     pub(crate) streams: crate::streams::tree::State,
+    /// What [`Launcher::missing_layers`] said last: it starts a process.
+    layers: Mutex<Option<(Instant, Layers)>>,
     /// Starts the processes that read foreign bytes.
-    launcher: Launcher,
+    pub(crate) launcher: Launcher,
     /// What is known of other hosts.
     pub(crate) share: crate::share::State,
 }
@@ -143,6 +150,7 @@ impl Engine {
         let signature_fetcher = Fetcher::new(small)?;
         let fetcher = Arc::new(Fetcher::new(fetching)?);
         let trust = Policy::new(&config.trust)?;
+        let identities = Identities::read(&config.age.identities)?;
         let share = crate::share::State::new(&config.share, &fetcher)?;
         Ok(Arc::new(Engine {
             store,
@@ -170,7 +178,8 @@ impl Engine {
             quotas: Arc::default(),
             pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
             streams: Default::default(),
-            launcher: Launcher::new(&config.worker),
+            layers: Mutex::new(None),
+            launcher: Launcher::new(&config.worker).with_identities(identities),
             config,
         }))
     }
@@ -186,6 +195,19 @@ impl Engine {
         let info = Arc::new(HostInfo::gather()?);
         *host = Some((Instant::now(), Arc::clone(&info)));
         Ok(info)
+    }
+
+    /// Which layers of confinement this host does not give, at most [`HOST_INFO_AGE_MAX`] old; none when nothing is confined; why nothing can be. Blocking.
+    pub fn missing_layers(&self) -> Layers {
+        let mut layers = self.layers.lock().map_err(|_| "finding out about confinement panicked".to_owned())?;
+        if let Some((since, known)) = &*layers
+            && since.elapsed() < HOST_INFO_AGE_MAX
+        {
+            return known.clone();
+        }
+        let found = self.launcher.missing_layers().map_err(|error| error.chain());
+        *layers = Some((Instant::now(), found.clone()));
+        found
     }
 
     /// The pool with this name. `NotFound` naming the ones there are.

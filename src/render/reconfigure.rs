@@ -2,7 +2,7 @@
 //! on the tree as it is now; nothing is mounted.
 //!
 //! ```text
-//!  VolumeRecord ─▶ OpenVolume (claimed) ─▶ ext4 Image ─▶ facts of now ─▶ inject ─▶ BlockPatch ─▶ FilePatch ─▶ redo log ─▶ volume ─▶ catalogue
+//!  VolumeRecord ─▶ OpenVolume (claimed) ─▶ Study (ext4, facts of now) ─▶ inject ─▶ BlockPatch ─▶ FilePatch ─▶ redo log ─▶ volume ─▶ catalogue
 //!                  └────────────────────────────── reads only ──────────────────────────────┘
 //! ```
 //!
@@ -16,16 +16,8 @@ use ssh_key::PublicKey;
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    ext4::{
-        edit::edit_view,
-        layout::{
-            incompat,
-            superblock::{OFFSET as SUPERBLOCK_AT, Superblock},
-        },
-        read::Image,
-    },
     fs::{
-        FsKind, View,
+        FsKind,
         edit::{Edit, EditRequest},
         patch::BlockPatch,
     },
@@ -33,16 +25,14 @@ use crate::{
         self, applied,
         config::{HostKeys, InstanceConfig, Secret},
         facts::GuestFacts,
-        from_image::facts_of_image,
         report::HostKeyReport,
         scrub::Operation,
-        watch::Watch,
     },
     manifest::{Manifest, apply},
     mapping::{Filesystem, GuestIdentity, Mapping, Role},
     names::{Digest, GuestPath, PoolName, VolumeName},
     progress::Progress,
-    render::{Engine, inject, now_ms, volume::new_seed},
+    render::{Engine, inject, now_ms, study::Root, volume::new_seed},
     store::records::{VolumeKey, VolumeRecord},
     target::Place,
     units::{PATCH_BLOCK, Timestamp},
@@ -207,23 +197,25 @@ impl Engine {
         let progress = Progress::default();
         let image = self.image(&record.mapping.image_id)?;
         let manifest = &image.manifest;
-        let (view, tree) = open_tree(record, open)?;
+        let root = root_of_disk(record, open)?;
         let mut watched: Vec<GuestPath> = manifest.templates().to_vec();
         watched.extend(PUBLIC_KEYS.iter().chain([&applied::PATH]).filter_map(|path| GuestPath::new(path).ok()));
-        let facts = facts_of_image(&tree, &Watch::new(&watched), &progress)?;
+        // What a guest has written is read by a process that can do nothing else.
+        let study = self.launcher.study(open.reader(), &root, &watched, &progress)?;
+        let facts = study.facts();
 
         let seed = match (wanted.fresh_host_keys, &record.seed) {
             (false, Some(seed)) => seed.clone(),
             _ => new_seed()?,
         };
         let identity = inject::identity(&wanted.instance.instance, seed.clone())?;
-        let mut config = config_of(wanted, record, &facts);
+        let mut config = config_of(wanted, record, facts);
         let mut edits = Vec::new();
         if wanted.expand_templates {
             config.args = manifest.resolve_args(&config.args).map_err(|error| error.under_field("instance"))?;
             edits = self.template_edits(record, manifest, &config)?;
         } else if config.args.is_empty() {
-            config.args = recorded_args(&facts);
+            config.args = recorded_args(facts);
         }
         if let Some(network) = &mut config.network {
             network.backend = network.backend.or(manifest.network_backend());
@@ -231,29 +223,20 @@ impl Engine {
         let claimed: BTreeSet<String> = manifest.templates().iter().map(ToString::to_string).collect();
         let secret_args = config.args.keys().filter(|name| manifest.is_secret_arg(name)).cloned().collect();
         let now = now();
-        let inputs = guest::Inputs {
-            facts: &facts,
-            config: &config,
-            identity: &identity,
-            claimed: &claimed,
-            secret_args: &secret_args,
-            fstab_root: None,
-            now,
-        };
+        let inputs =
+            guest::Inputs { facts, config: &config, identity: &identity, claimed: &claimed, secret_args: &secret_args, fstab_root: None, now };
         let mut injection = guest::inject(&inputs)?;
         if !wanted.expand_templates && !claimed.is_empty() {
             let paths: Vec<&str> = claimed.iter().map(String::as_str).collect();
             injection.report.notes.push(format!("what the manifest's templates wrote is left as it is: {}", paths.join(", ")));
         }
         edits.extend(injection.edits);
-        let identity = identity_of(record, &config, &injection.report, &facts);
+        let identity = identity_of(record, &config, &injection.report, facts);
         let report =
             serde_json::to_value(&injection.report).map_err(|error| Error::internal(Stage::Inject, "report", "encode").with_source(error))?;
-        let offset = view.offset;
         let request = EditRequest { edits, uuid: None, label: None, size_bytes: None, now };
-        let root = edit_view(view, &request, &progress).map_err(not_clean)?;
         let mut patch = BlockPatch::new(open.size_bytes());
-        patch.merge_at(offset, root);
+        patch.merge_at(root.offset, study.edit(&request, &progress)?);
         Ok(Computed { edits: request.edits, patch, report, identity, seed: wanted.fresh_host_keys.then_some(seed) })
     }
 
@@ -341,39 +324,13 @@ fn filesystem_of(record: &VolumeRecord) -> Option<&Filesystem> {
     record.mapping.devices.first().and_then(|root| root.filesystem.as_ref())
 }
 
-/// The root filesystem, when it is clean and the one that was made.
-fn open_tree(record: &VolumeRecord, open: &OpenVolume) -> Result<(View, Image)> {
-    let object = || open.path().display().to_string();
-    let made = filesystem_of(record).ok_or_else(|| Error::internal(Stage::Edit, object(), "has no filesystem"))?;
-    let changed = |why: String| Error::new(Kind::Conflict, Stage::Edit, object(), why).with_reason("ROOT_CHANGED");
+/// Where the root filesystem is, and which.
+fn root_of_disk(record: &VolumeRecord, open: &OpenVolume) -> Result<Root> {
+    let object = open.path().display().to_string();
+    let made = filesystem_of(record).ok_or_else(|| Error::internal(Stage::Edit, object.as_str(), "has no filesystem"))?;
     // A guest may have grown partition and filesystem: what the superblock says counts, as far as the disk goes.
     let len = open.size_bytes().saturating_sub(made.offset_bytes) / PATCH_BLOCK * PATCH_BLOCK;
-    let view = View { disk: open.reader(), offset: made.offset_bytes, len };
-    let mut raw = [0; Superblock::SIZE];
-    view.disk
-        .read_all_at(&mut raw, view.offset + SUPERBLOCK_AT)
-        .map_err(|error| Error::io(Stage::Edit, object(), "read the root filesystem's superblock", error))?;
-    let superblock = Superblock::parse(&raw).map_err(|error| changed("has no ext4 filesystem where its root was".into()).with_source(error))?;
-    if superblock.has_incompat(incompat::RECOVER) {
-        return Err(Error::new(Kind::Conflict, Stage::Edit, object(), "the root filesystem's journal needs recovery: the guest was not shut down")
-            .with_reason("JOURNAL_DIRTY")
-            .with_hint("start the instance and shut it down, or run e2fsck on its root"));
-    }
-    let uuid = uuid::Uuid::from_bytes(superblock.uuid);
-    if uuid.to_string() != made.uuid {
-        return Err(changed(format!("the root filesystem has UUID {uuid}, the one that was made has {}", made.uuid)));
-    }
-    let image = Image::open_view(view.clone())?;
-    image.check_editable().map_err(not_clean)?;
-    Ok((view, image))
-}
-
-/// The editor's hints are about golden images.
-fn not_clean(error: Error) -> Error {
-    match error.reason() {
-        "EXT4_NOT_CLEAN" => error.with_hint("start the instance and shut it down, or run e2fsck on its root"),
-        _ => error,
-    }
+    Ok(Root { object, offset: made.offset_bytes, len, uuid: made.uuid.clone(), disk_len: open.size_bytes() })
 }
 
 /// The configuration with what stays filled in.

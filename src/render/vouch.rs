@@ -12,6 +12,7 @@
 //! more, is asked for its signature again the next time that it is used, whatever is in the store: tarball, golden image, or one of a peer.
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -29,6 +30,7 @@ use crate::{
         place::{MANIFEST, UPLOAD},
         policy::Required,
     },
+    worker::Signed,
 };
 
 /// Where a manifest comes from.
@@ -142,7 +144,19 @@ impl Engine {
     pub(super) fn vouch(&self, signature: Option<&[u8]>, url: &str, path: &Path, digest: &Digest) -> Result<()> {
         let Some(required) = self.trust.required(url)? else { return Ok(()) };
         let signature = signature.ok_or_else(|| Refusal::Missing.error(url, "a signature is required for this source"))?;
-        self.note(required.verify_file(signature, path, url)?, digest, url)
+        self.note(self.verify_file(required, signature, path, url)?, digest, url)
+    }
+
+    fn verify_file(&self, required: &Required, signature: &[u8], path: &Path, object: &str) -> Result<Signer> {
+        let file = File::open(path).map_err(|error| Error::io(Stage::Fetch, path.display().to_string(), "open what is signed", error))?;
+        self.launcher.verify(required.keys_for(signature), signature, Signed::File(&file), object)
+    }
+
+    fn verify_text(&self, required: &Required, signature: &[u8], text: &str, object: &str) -> Result<Signer> {
+        if signature.len() > SIGNATURE_BYTES_MAX {
+            return Err(Refusal::Malformed.error(object, "the signature is longer than any"));
+        }
+        self.launcher.verify(required.keys_for(signature), signature, Signed::Bytes(text.as_bytes()), object)
     }
 
     fn note(&self, signer: Signer, digest: &Digest, place: &str) -> Result<()> {
@@ -156,7 +170,7 @@ impl Engine {
         if signature.is_empty() {
             return Err(Refusal::Missing.error("upload", "uploaded tarballs owe a signature").with_violation("header.signature", "is required"));
         }
-        self.note(required.verify_file(signature, path, "upload")?, digest, UPLOAD)
+        self.note(self.verify_file(required, signature, path, "upload")?, digest, UPLOAD)
     }
 
     /// Who vouches for an image's tarball, and for its manifest, as noted. Blocking.
@@ -186,11 +200,11 @@ impl Engine {
                     let why = "manifests owe a signature";
                     return Err(Refusal::Missing.error("manifest", why).with_violation("manifest_signature", "is required"));
                 }
-                self.note(required.verify_bytes(signature, text.as_bytes(), "manifest")?, &digest, MANIFEST)?;
+                self.note(self.verify_text(required, signature, text, "manifest")?, &digest, MANIFEST)?;
             }
             (ManifestOrigin::File(path), Some(required)) => {
                 let signature = beside(path, required)?;
-                self.note(required.verify_bytes(&signature, text.as_bytes(), &path.display().to_string())?, &digest, MANIFEST)?;
+                self.note(self.verify_text(required, &signature, text, &path.display().to_string())?, &digest, MANIFEST)?;
             }
         }
         Ok(VouchedManifest(text))

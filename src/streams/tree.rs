@@ -9,9 +9,9 @@
 
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
-    time::SystemTime,
 };
 
 use reqwest::Url;
@@ -31,7 +31,8 @@ use crate::{
     render::{Engine, blocking, fetch::fetcher_config, flight::Flights, now_secs},
     source::{Descriptor, Fetcher, Mirror},
     store::catalog::streams::{StreamDocument, check_freshness},
-    trust::openpgp::{self, Keyring},
+    trust::openpgp::Keyring,
+    worker::Launcher,
 };
 
 /// Documents of one source: an index of the whole world has a few dozen.
@@ -58,6 +59,7 @@ struct Source {
     root: Url,
     start: StreamPath,
     fetcher: Fetcher,
+    launcher: Launcher,
     keyring: Option<Keyring>,
     limits: Limits,
     tmp: PathBuf,
@@ -113,7 +115,7 @@ impl Source {
             (SignaturePolicy::Signed, None) => return Err(Error::field(Stage::Config, "stream.keyring", "is required for signed documents")),
             (SignaturePolicy::Signed, Some(path)) => Some(read_keyring(path)?),
         };
-        Ok(Source { config, root, start, fetcher: Fetcher::new(fetch)?, keyring, limits, tmp: engine.store.tmp() })
+        Ok(Source { config, root, start, fetcher: Fetcher::new(fetch)?, launcher: engine.launcher.clone(), keyring, limits, tmp: engine.store.tmp() })
     }
 
     async fn document(&self, path: &StreamPath) -> Result<Verified> {
@@ -122,11 +124,11 @@ impl Source {
         let partial = self.tmp.join(format!("stream-{}", uuid::Uuid::new_v4().simple()));
         let descriptor = Descriptor { url: url.to_string(), digest: None, size: None };
         let fetched = self.fetcher.fetch(&descriptor, &partial, &Progress::default()).await;
-        let read = partial.clone();
-        let bytes = blocking(Stage::Fetch, move || {
-            let bytes = fs::read(&read).map_err(|error| Error::io(Stage::Fetch, read.display().to_string(), "read the document", error));
-            let _ = fs::remove_file(&read);
-            bytes
+        let opened = partial.clone();
+        let file = blocking(Stage::Fetch, move || {
+            let file = fs::File::open(&opened).map_err(|error| Error::io(Stage::Fetch, opened.display().to_string(), "open the document", error));
+            let _ = fs::remove_file(&opened);
+            file
         })
         .await;
         fetched.map_err(|error| match error.reason() {
@@ -135,14 +137,20 @@ impl Source {
                 .with_hint("see stream.max_document_size"),
             _ => error,
         })?;
-        let bytes = bytes?;
-        match self.keyring.clone() {
-            None => Ok(Verified { payload: bytes, signer: String::new() }),
+        let mut file = file?;
+        let (keyring, launcher) = (self.keyring.clone(), self.launcher.clone());
+        blocking(Stage::Fetch, move || match keyring {
+            None => {
+                let mut payload = Vec::new();
+                file.read_to_end(&mut payload).map_err(|error| Error::io(Stage::Fetch, url.as_str(), "read the document", error))?;
+                Ok(Verified { payload, signer: String::new() })
+            }
             Some(keyring) => {
-                let signed = blocking(Stage::Fetch, move || openpgp::clearsigned(&bytes, &keyring, SystemTime::now(), url.as_str())).await?;
+                let signed = launcher.clearsigned(&file, &keyring, url.as_str())?;
                 Ok(Verified { payload: signed.payload, signer: signed.signer.key })
             }
-        }
+        })
+        .await
     }
 
     /// Which documents an index names that are wanted.

@@ -37,6 +37,7 @@ struct Key {
     id: String,
     /// SHA-256 of the key with its id, hexadecimal.
     material: String,
+    text: String,
     key: PublicKey,
 }
 
@@ -55,7 +56,7 @@ impl Keys {
         for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("untrusted comment:")) {
             let key = PublicKey::from_base64(line).map_err(|error| wrong("holds a line that is not a minisign key".into()).with_source(error))?;
             let id = id(line).ok_or_else(|| wrong("holds a line that is not a minisign key".into()))?;
-            keys.push(Key { id, material: Digest::of(line.as_bytes()).hex(), key });
+            keys.push(Key { id, material: Digest::of(line.as_bytes()).hex(), text: line.to_owned(), key });
             if keys.len() > KEYS_MAX {
                 return Err(wrong(format!("holds more than {KEYS_MAX} keys")));
             }
@@ -69,6 +70,11 @@ impl Keys {
     /// The ids of the keys, as minisign prints them.
     pub fn ids(&self) -> Vec<String> {
         self.keys.iter().map(|key| key.id.clone()).collect()
+    }
+
+    /// The keys as [`Keys::parse`] reads them.
+    pub fn to_text(&self) -> String {
+        self.keys.iter().map(|key| format!("{}\n", key.text)).collect()
     }
 
     /// Each key's id, and a digest of all that it is.

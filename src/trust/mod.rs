@@ -7,12 +7,14 @@
 //! ```text
 //!  bytes + signature + keys of the operator ─┬▶ openpgp    clear-signed documents and detached signatures, as gpg makes them
 //!                                            └▶ minisign   Ed25519
+//!  encrypted tarball + keys of the operator ──▶ age   plain bytes
 //!  URL ──▶ place ──▶ policy   which of them a tarball from there owes ([[trust]])
 //! ```
 //!
 //! Keys come from files that the operator named. They are the anchor: nothing here asks a key server, follows a web of trust or takes a key from what is
 //! to be verified. What is signed is parsed by nobody before the signature was found good.
 
+pub mod age;
 pub mod minisign;
 pub mod openpgp;
 pub mod place;

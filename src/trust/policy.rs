@@ -7,15 +7,10 @@
 //! Keys are read once, when the daemon starts; a file that is missing or holds no key keeps it from starting. What a key vouched for is believed for as
 //! long as the same key, with the same expiry and without a revocation, is in the configuration.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::Path,
-    time::SystemTime,
-};
+use std::{fs::File, io::Read, path::Path};
 
 use super::{
-    Method, Refusal, Signer,
+    Method, Signer,
     minisign::{self, Keys},
     openpgp::{self, Keyring},
     place::{Fit, MANIFEST, Place, UPLOAD},
@@ -23,6 +18,7 @@ use super::{
 use crate::{
     config::trust::{Require, Trust},
     error::{Error, Kind, Result, Stage},
+    worker::Vouching,
 };
 
 /// Suffix of minisign's signatures.
@@ -189,15 +185,6 @@ impl Rule {
     }
 }
 
-impl Way {
-    fn verify(&self, signature: &[u8], now: SystemTime, object: &str, open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>) -> Result<Signer> {
-        match &self.keys {
-            TrustedKeys::Openpgp(ring) => openpgp::detached(signature, ring, now, object, open),
-            TrustedKeys::Minisign(keys) => minisign::detached(signature, keys, now, object, open),
-        }
-    }
-}
-
 impl Required {
     /// Where the signature of `url` may be, in the order of asking: a suffix is added to the path, before a query.
     pub fn signature_urls(&self, url: &str) -> Vec<String> {
@@ -222,24 +209,16 @@ impl Required {
         })
     }
 
-    /// Verifies the file `path`, shown as `object`.
-    pub fn verify_file(&self, signature: &[u8], path: &Path, object: &str) -> Result<Signer> {
-        self.verify(signature, object, &mut || File::open(path).map(|file| Box::new(io::BufReader::with_capacity(1 << 18, file)) as Box<dyn Read>))
-    }
-
-    /// Verifies bytes, shown as `object`.
-    pub fn verify_bytes(&self, signature: &[u8], bytes: &[u8], object: &str) -> Result<Signer> {
-        self.verify(signature, object, &mut || Ok(Box::new(io::Cursor::new(bytes.to_vec())) as Box<dyn Read>))
-    }
-
-    /// Which kind a signature is of is seen from its text, not from where it lay.
-    fn verify(&self, signature: &[u8], object: &str, open: &mut dyn FnMut() -> io::Result<Box<dyn Read>>) -> Result<Signer> {
+    /// The keys that a signature is to be verified with. Which kind it is of is seen from its text, not from where it lay.
+    pub fn keys_for(&self, signature: &[u8]) -> Vouching<'_> {
         let is_minisign = signature.starts_with(minisign::MAGIC);
-        let fits = |way: &&Way| matches!(way.keys, TrustedKeys::Minisign(_)) == is_minisign;
-        // Where only one kind is required, its reader says what is wrong with the other.
-        let way = self.ways.iter().find(fits).or(self.ways.first());
-        let way = way.ok_or_else(|| Refusal::Missing.error(object, "no keys"))?;
-        way.verify(signature, SystemTime::now(), object, open)
+        let of = |way: &'_ Way| matches!(way.keys, TrustedKeys::Minisign(_)) == is_minisign;
+        // Where only one kind is required, its reader says what is wrong with the other. There is always one: see `Rule::new`.
+        let way = self.ways.iter().find(|way| of(way)).unwrap_or(&self.ways[0]);
+        match &way.keys {
+            TrustedKeys::Openpgp(ring) => Vouching::Openpgp(ring),
+            TrustedKeys::Minisign(keys) => Vouching::Minisign(keys),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::{
-    SUBCOMMAND, failed,
+    SUBCOMMAND, archive, failed, guest, small,
     wire::{Job, LOADERS_BYTES_MAX, Reply, Request, WireError},
 };
 use crate::{
@@ -28,6 +28,7 @@ use crate::{
     progress::Progress,
     render::fill::{Brake, Filled, Inputs, fill},
     tree::decompress,
+    trust::age,
     units::MIB,
 };
 
@@ -47,13 +48,13 @@ pub fn main() -> ExitCode {
 }
 
 /// The socket, shared by the thread that works and those that write.
-struct Daemon {
+pub(super) struct Daemon {
     from: BufReader<UnixStream>,
     to: BufWriter<UnixStream>,
 }
 
 impl Daemon {
-    fn request(&mut self) -> Result<Option<(Request, Vec<u8>)>> {
+    pub(super) fn request(&mut self) -> Result<Option<(Request, Vec<u8>)>> {
         match receive(&mut self.from, LOADERS_BYTES_MAX).map_err(failed("receive"))? {
             Some((Some(request), data)) => Ok(Some((request, data))),
             Some((None, _)) => Err(Error::internal(Stage::Host, SUBCOMMAND, "data came where a request belongs")),
@@ -61,8 +62,17 @@ impl Daemon {
         }
     }
 
-    fn reply(&mut self, reply: &Reply) -> Result<()> {
-        send(&mut self.to, Some(reply), &[]).and_then(|()| self.to.flush()).map_err(failed("reply"))
+    pub(super) fn reply(&mut self, reply: &Reply) -> Result<()> {
+        self.reply_with(reply, &[])
+    }
+
+    /// One frame of many: it goes when there are enough, or with the next reply.
+    pub(super) fn put(&mut self, reply: Option<&Reply>, data: &[u8]) -> Result<()> {
+        send(&mut self.to, reply, data).map_err(failed("reply"))
+    }
+
+    pub(super) fn reply_with(&mut self, reply: &Reply, data: &[u8]) -> Result<()> {
+        send(&mut self.to, Some(reply), data).and_then(|()| self.to.flush()).map_err(failed("reply"))
     }
 }
 
@@ -75,10 +85,13 @@ fn serve() -> Result<()> {
     let mut daemon = Daemon { from: BufReader::new(socket), to: BufWriter::new(clone) };
     let (job, data) = match daemon.request()? {
         Some((Request::Fill(job), data)) => (job, data),
-        Some((Request::Go, _)) => return Err(Error::internal(Stage::Host, SUBCOMMAND, "a conversation does not start with Go")),
+        Some((Request::Tree(job), data)) => return archive::serve(&job, &data, blob, daemon),
+        Some((Request::Study(job), _)) => return guest::serve(&job, daemon),
+        Some((Request::Small(job), data)) => return small::serve(&job, &data, blob, &mut daemon),
+        Some(_) => return Err(Error::internal(Stage::Host, SUBCOMMAND, "a conversation starts with a job")),
         None => return Ok(()),
     };
-    prepare()?;
+    prepare(job.is_encrypted)?;
     let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: job.spec.size_bytes };
     let misdeed = job.misdeed.clone();
     let confined = match confine(limits, || misdeed::before_the_filter(misdeed.as_deref())) {
@@ -97,8 +110,11 @@ fn serve() -> Result<()> {
 }
 
 /// Finds out what a confined process can't: decoders and regular expressions ask once how many processors there are, which is in files of the cgroup.
-fn prepare() -> Result<()> {
+pub(super) fn prepare(is_encrypted: bool) -> Result<()> {
     decompress::prepare();
+    if is_encrypted {
+        age::prepare();
+    }
     let volatile = Volatile::compile(&["a.*", "(?!b)c"])?;
     volatile.matches(&GuestPath::root()).map(drop)
 }
@@ -118,11 +134,11 @@ fn passed(socket: &UnixStream) -> Result<OwnedFd> {
 }
 
 fn work(job: &Job, data: &[u8], blob: File, disk: Arc<File>, daemon: &Arc<Mutex<Daemon>>) -> Result<Filled> {
-    let loaders = job.loaders(data)?;
+    let (file_key, loaders) = job.parts(data)?;
     let progress = Progress::default();
     progress.enter(Stage::Golden, 0);
     let (blob_name, disk_name) = (&job.blob_name, &job.disk_name);
-    let inputs = Inputs { blob, blob_name, declared: job.declared, disk, disk_name, spec: &job.spec, loaders: &loaders };
+    let inputs = Inputs { blob, blob_name, declared: job.declared, file_key, disk, disk_name, spec: &job.spec, loaders: &loaders };
     let brake: Arc<dyn Brake> = match job.is_paced {
         true => Arc::new(Asking { daemon: Arc::clone(daemon), owed: Mutex::new(0) }),
         false => Arc::new(Free),
@@ -157,7 +173,7 @@ impl Brake for Asking {
 
 /// What a worker does when a test asks it to misbehave; nothing at all in a daemon built without debug assertions.
 #[cfg(debug_assertions)]
-mod misdeed {
+pub(super) mod misdeed {
     use crate::host::sys;
 
     /// Tries what the layers below the filter have to stop. An attempt that succeeds is told by a status of its own.
@@ -202,7 +218,7 @@ mod misdeed {
 }
 
 #[cfg(not(debug_assertions))]
-mod misdeed {
+pub(super) mod misdeed {
     pub fn before_the_filter(misdeed: Option<&str>) {
         if misdeed.is_some() {
             std::process::exit(76);

@@ -17,18 +17,33 @@
 //! If the worker dies (a forbidden system call: SIGSYS; memory: SIGABRT or SIGKILL; a panic: status 101) the build fails with reason `WORKER_DIED` and the
 //! caller removes what was begun. Cancelling kills it. It dies with the daemon (parent-death signal).
 //!
-//! Not here: manifests and templates. They are small documents read by memory-safe code under caps of bytes, depth and fuel, on the path of every warm
-//! render, which takes 6 ms in all; a process start of 2 to 4 ms would be half as much again. XFS and btrfs images: the archive is read by the daemon and
-//! its entries go to the mount worker, which the kernel's filesystems need to be root.
+//! Small jobs, a process each (`small`): signatures and signed documents, headers of encrypted tarballs. A guest's filesystem (`guest`): its process has not
+//! even the volume open.
+//!
+//! Not here, and why:
+//!
+//! - Manifests and templates: small documents read by memory-safe code under caps of bytes, depth and fuel, on the path of every warm render, which takes 6 ms
+//!   in all; a process start of 2 to 4 ms would be half as much again.
+//! - Documents of streams once their signature is good: JSON under caps, and what a worker would give back is JSON again.
+//! - The operator's own: configuration, keyrings when the daemon starts, kernels and boot loaders of the host.
+//! - Headers and tables of qcow2 volumes: the hypervisor writes them, and a process that plans changes to them could name another backing file.
+//! - Writing XFS and btrfs: the kernel's, for a mount worker that is root. The archive is read in a worker all the same and its entries pass through the daemon
+//!   (`archive`); only a filesystem that was made here a moment ago is mounted.
 
+mod archive;
 mod child;
+mod guest;
+mod small;
 mod wire;
 
 use std::{
     fs::File,
     io::{BufReader, BufWriter, IoSlice, Seek, Write},
     mem::MaybeUninit,
-    os::{fd::AsFd, unix::net::UnixStream, unix::process::ExitStatusExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{net::UnixStream, process::ExitStatusExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -36,20 +51,28 @@ use std::{
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-pub use self::child::main;
 use self::wire::{Job, Reply, Request};
+pub use self::{
+    child::main,
+    guest::Study,
+    small::{Signed, Vouching},
+};
 use crate::{
     config::worker::{Confine, Worker as Settings},
     error::{Error, Result, Stage},
-    fs::FsKind,
-    fs::mounted::wire::{receive, send},
+    ext4::Ext4,
+    fs::{
+        Filesystem, FsKind,
+        mounted::{
+            Mounted,
+            wire::{receive, send},
+        },
+    },
     host::namespace::Worker,
     progress::Progress,
-    render::{
-        fill::{self, Brake, Filled, Inputs},
-        golden,
-    },
+    render::fill::{self, Brake, Filled, Inputs},
     target::Pacer,
+    trust::age::Identities,
 };
 
 /// The hidden subcommand.
@@ -66,6 +89,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Launcher {
     program: PathBuf,
     settings: Settings,
+    identities: Arc<Identities>,
     misdeed: Option<String>,
 }
 
@@ -73,7 +97,13 @@ impl Launcher {
     /// Workers are this program, started again.
     pub fn new(settings: &Settings) -> Self {
         let program = settings.program.clone().unwrap_or_else(|| "/proc/self/exe".into());
-        Launcher { program, settings: settings.clone(), misdeed: None }
+        Launcher { program, settings: settings.clone(), identities: Arc::default(), misdeed: None }
+    }
+
+    /// Encrypted tarballs are opened by these.
+    #[must_use]
+    pub fn with_identities(self, identities: Identities) -> Self {
+        Launcher { identities: Arc::new(identities), ..self }
     }
 
     /// Workers are `program`: for tests and benchmarks, whose own program is not the daemon.
@@ -91,15 +121,22 @@ impl Launcher {
 
     /// Fills a disk as [`fill::fill`] does, in a worker unless configured otherwise.
     pub fn fill(&self, inputs: Inputs<'_>, pacer: &Arc<Pacer>, progress: &Progress) -> Result<Filled> {
+        let inputs = Inputs { file_key: self.file_key(&inputs.blob, inputs.blob_name)?, ..inputs };
         if self.settings.confine == Confine::Off || inputs.spec.filesystem != FsKind::Ext4 {
             let brake = Arc::new(InProcess { pacer: Arc::clone(pacer), progress: progress.clone() });
-            let filesystem = golden::filesystem(inputs.spec.filesystem);
-            return fill::fill(inputs, &*filesystem, brake, progress);
+            let filesystem: Box<dyn Filesystem> = match inputs.spec.filesystem {
+                FsKind::Ext4 => Box::new(Ext4),
+                kind @ (FsKind::Xfs | FsKind::Btrfs) => Box::new(Mounted::new(kind).with_program(self.program.clone())),
+            };
+            return fill::fill_from(inputs, &*filesystem, brake, progress, &mut |archive, sink| match self.settings.confine {
+                Confine::Off => fill::read_archive(archive, sink, progress),
+                Confine::Required => self.archive(archive, sink, progress),
+            });
         }
         progress.check()?;
-        let mut conversation = Conversation::start(&self.program, &inputs)?;
+        let mut conversation = Conversation::start(&self.program, &inputs.blob, inputs.disk.as_fd())?;
         let job = Job::new(&inputs, self.settings.memory_max.0, pacer.is_limiting(), self.misdeed.clone());
-        let result = conversation.send(&Request::Fill(Box::new(job)), &wire::loaders_out(inputs.loaders));
+        let result = conversation.send(&Request::Fill(Box::new(job)), &wire::data_out(&inputs));
         let filled = result.and_then(|()| conversation.follow(&inputs.blob, pacer, progress));
         match filled {
             Ok(filled) => conversation.finish().map(|()| filled),
@@ -124,6 +161,8 @@ struct Conversation {
     from: BufReader<UnixStream>,
     to: BufWriter<UnixStream>,
     worker: Worker,
+    /// Layers that this host does not give, as the worker says.
+    missing: Vec<String>,
 }
 
 fn failed(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
@@ -137,12 +176,12 @@ fn died(why: impl Into<String>) -> Error {
 }
 
 impl Conversation {
-    fn start(program: &Path, inputs: &Inputs<'_>) -> Result<Self> {
-        let blob = inputs.blob.try_clone().map_err(failed("duplicate the tarball's descriptor"))?;
+    fn start(program: &Path, stdin: &File, disk: BorrowedFd<'_>) -> Result<Self> {
+        let blob = stdin.try_clone().map_err(failed("duplicate the tarball's descriptor"))?;
         let worker = Worker::spawn(program, &[SUBCOMMAND], blob.into())?;
         let clone = || worker.socket().try_clone().map_err(failed("duplicate its socket"));
         let (from, to) = (BufReader::new(clone()?), BufWriter::new(clone()?));
-        let descriptors = [inputs.disk.as_fd()];
+        let descriptors = [disk];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut message = SendAncillaryBuffer::new(&mut space);
         if !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
@@ -150,7 +189,7 @@ impl Conversation {
         }
         sendmsg(worker.socket(), &[IoSlice::new(&[0])], &mut message, SendFlags::NOSIGNAL)
             .map_err(|errno| failed("pass the disk's descriptor")(errno.into()))?;
-        Ok(Conversation { from, to, worker })
+        Ok(Conversation { from, to, worker, missing: Vec::new() })
     }
 
     fn send(&mut self, request: &Request, data: &[u8]) -> Result<()> {
@@ -166,21 +205,18 @@ impl Conversation {
         let mut read = 0;
         loop {
             self.set_timeout(POLL)?;
-            self.wait(blob, &mut read, progress)?;
+            self.wait(Some(blob), &mut read, progress)?;
             // Once a frame has begun the rest of it is on its way.
             self.set_timeout(FRAME_TIMEOUT)?;
             match receive(&mut self.from, 0) {
-                Ok(Some((Some(Reply::Confined { missing }), _))) => {
-                    for layer in missing {
-                        tracing::warn!(layer, "the worker is confined without one layer that this host does not give");
-                    }
-                }
+                Ok(Some((Some(Reply::Confined { missing }), _))) => self.note_missing(missing),
                 Ok(Some((Some(Reply::Take { bytes }), _))) => {
                     pacer.take(bytes, progress)?;
                     self.send(&Request::Go, &[])?;
                 }
                 Ok(Some((Some(Reply::Done(filled)), _))) => return Ok(*filled),
                 Ok(Some((Some(Reply::Failed(error)), _))) => return Err(error.into_error()),
+                Ok(Some((Some(_), _))) => return Err(died("its answer is to another question")),
                 Ok(Some((None, _))) => return Err(died("an answer was empty")),
                 Ok(None) => return Err(died("ended without an answer")),
                 Err(error) => return Err(died("its answer can't be read").with_source(error)),
@@ -188,17 +224,24 @@ impl Conversation {
         }
     }
 
+    fn note_missing(&mut self, missing: Vec<String>) {
+        for layer in &missing {
+            tracing::warn!(layer, "the worker is confined without one layer that this host does not give");
+        }
+        self.missing = missing;
+    }
+
     fn set_timeout(&self, timeout: Duration) -> Result<()> {
         self.worker.socket().set_read_timeout(Some(timeout)).map_err(failed("set a timeout"))
     }
 
     /// Waits for the first byte of an answer. How far the worker is shows in the tarball's position, which both processes share.
-    fn wait(&mut self, mut blob: &File, read: &mut u64, progress: &Progress) -> Result<()> {
+    fn wait(&mut self, blob: Option<&File>, read: &mut u64, progress: &Progress) -> Result<()> {
         use std::io::BufRead;
         loop {
             progress.check()?;
             let waited = self.from.fill_buf().map(|_| ());
-            if let Ok(at) = blob.stream_position() {
+            if let Some(Ok(at)) = blob.map(|mut blob| blob.stream_position()) {
                 progress.add(at.saturating_sub(*read));
                 *read = at.max(*read);
             }
@@ -212,7 +255,7 @@ impl Conversation {
     }
 
     fn finish(self) -> Result<()> {
-        let Conversation { from, to, worker } = self;
+        let Conversation { from, to, worker, missing: _ } = self;
         drop((from, to));
         let status = worker.finish(EXIT_TIMEOUT)?;
         if status.success() { Ok(()) } else { Err(died(format!("ended with {status} after its answer"))) }
@@ -220,7 +263,7 @@ impl Conversation {
 
     /// Ends the worker, whose work nobody wants; says in the error how it ended if that is all that is known.
     fn abort(self, error: Error) -> Error {
-        let Conversation { from, to, worker } = self;
+        let Conversation { from, to, worker, missing: _ } = self;
         drop((from, to));
         let died_itself = error.reason() == "WORKER_DIED";
         match worker.abort(if died_itself { EXIT_TIMEOUT } else { Duration::ZERO }) {

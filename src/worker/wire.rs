@@ -5,12 +5,20 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{
+    archive::TreeJob,
+    guest::{EditJob, StudyJob},
+    small::{Answer, SmallJob},
+};
 use crate::{
     boot::loaders::{BiosLoader, EfiLoader, HostLoaders},
     error::{Error, Kind, Result, Stage},
+    fs::mounted::wire::WireEntry,
+    guest::facts::GuestFacts,
     render::fill::{Filled, Inputs},
     store::records::GoldenSpec,
     tree::decompress::Compression,
+    trust::age::FileKey,
 };
 
 /// Bytes of all boot loaders together.
@@ -23,6 +31,18 @@ const TEXT_BYTES_MAX: usize = 4096;
 pub(super) enum Request {
     /// Fill the disk; the loaders are the frame's data.
     Fill(Box<Job>),
+    /// Answer one question; what it is about is the frame's data, or on standard input.
+    Small(Box<SmallJob>),
+    /// Read an archive for somebody else to write; the key of an encrypted one is the frame's data.
+    Tree(Box<TreeJob>),
+    /// Read a guest's filesystem.
+    Study(Box<StudyJob>),
+    /// Change it; contents are the frame's data.
+    Edit(Box<EditJob>),
+    /// The bytes that were asked for are the frame's data.
+    Bytes,
+    /// They can't be read; the errno.
+    Unreadable { errno: i32 },
     /// The bytes asked for may be written.
     Go,
 }
@@ -36,6 +56,18 @@ pub(super) enum Reply {
     Take { bytes: u64 },
     /// Done.
     Done(Box<Filled>),
+    /// The answer to a small job; bytes are in the frame's data.
+    Answer(Box<Answer>),
+    /// A member of the archive; frames with its data follow.
+    Entry(Box<WireEntry>),
+    /// That was all of the archive.
+    Walked(Box<GuestFacts>),
+    /// It wants to read so much of the guest's disk.
+    Read { offset: u64, len: u32 },
+    /// What the guest's tree contains.
+    Studied(Box<GuestFacts>),
+    /// Blocks of the root filesystem that change; their contents are the frame's data.
+    Patched { blocks: Vec<u64> },
     /// Not done.
     Failed(WireError),
 }
@@ -49,7 +81,9 @@ pub(super) struct Job {
     pub disk_name: String,
     pub memory_bytes: u64,
     pub is_paced: bool,
-    /// Lengths of the frame's parts: boot image, core image, UEFI program.
+    /// Whether the frame's data begins with the key of an encrypted tarball.
+    pub is_encrypted: bool,
+    /// Lengths of the frame's further parts: boot image, core image, UEFI program.
     pub loaders: [usize; 3],
     pub reads_checksum_seed: bool,
     pub misdeed: Option<String>,
@@ -67,15 +101,21 @@ impl Job {
             disk_name: inputs.disk_name.to_owned(),
             memory_bytes,
             is_paced,
+            is_encrypted: inputs.file_key.is_some(),
             loaders: [boot, core, efi.as_ref().map_or(0, |efi| efi.image.len())],
             reads_checksum_seed: *reads_checksum_seed,
             misdeed,
         }
     }
 
-    /// The loaders out of the frame's data.
-    pub fn loaders(&self, data: &[u8]) -> Result<HostLoaders> {
+    /// The key and the loaders out of the frame's data.
+    pub fn parts(&self, data: &[u8]) -> Result<(Option<FileKey>, HostLoaders)> {
         let wrong = || Error::internal(Stage::Host, super::SUBCOMMAND, "the loaders are not as long as the job says");
+        let (key, data) = match (self.is_encrypted, data.split_first_chunk()) {
+            (false, _) => (None, data),
+            (true, Some((key, rest))) => (Some(FileKey::new(*key)), rest),
+            (true, None) => return Err(wrong()),
+        };
         let [boot, core, efi] = self.loaders;
         let (boot_image, rest) = data.split_at_checked(boot).ok_or_else(wrong)?;
         let (core_image, rest) = rest.split_at_checked(core).ok_or_else(wrong)?;
@@ -85,14 +125,16 @@ impl Job {
         let bios = (core > 0).then(|| BiosLoader { boot_image: boot_image.to_vec(), core_image: core_image.to_vec() });
         // The only machine whose loaders the host makes.
         let efi = (efi > 0).then(|| EfiLoader { machine: "X64", image: rest.to_vec() });
-        Ok(HostLoaders { bios, efi, reads_checksum_seed: self.reads_checksum_seed, ..HostLoaders::default() })
+        Ok((key, HostLoaders { bios, efi, reads_checksum_seed: self.reads_checksum_seed, ..HostLoaders::default() }))
     }
 }
 
 /// The frame's data.
-pub(super) fn loaders_out(loaders: &HostLoaders) -> Vec<u8> {
+pub(super) fn data_out(inputs: &Inputs<'_>) -> Vec<u8> {
+    let loaders = inputs.loaders;
+    let key = inputs.file_key.iter().map(|key| &key.expose()[..]);
     let bios = loaders.bios.iter().flat_map(|bios| [&bios.boot_image[..], &bios.core_image[..]]);
-    bios.chain(loaders.efi.iter().map(|efi| &efi.image[..])).flatten().copied().collect()
+    key.chain(bios).chain(loaders.efi.iter().map(|efi| &efi.image[..])).flatten().copied().collect()
 }
 
 /// An error on its way to the daemon. Sources become text: their errnos were classified where they happened.
@@ -117,6 +159,9 @@ const STAGES: [Stage; 6] = [Stage::Manifest, Stage::Resolve, Stage::Fetch, Stage
 
 /// Reasons that come out of a build, beside those that follow from the kind. A test compares it with the sources.
 const REASONS: &[&str] = &[
+    "AGE_CORRUPT",
+    "AGE_KEY_UNKNOWN",
+    "AGE_UNSUPPORTED",
     "ARCHIVE_AMBIGUOUS",
     "ARCHIVE_CORRUPT",
     "ARCHIVE_LIMIT",
@@ -128,8 +173,13 @@ const REASONS: &[&str] = &[
     "DECOMPRESS_CORRUPT",
     "DECOMPRESS_LIMIT",
     "DECOMPRESS_TRUNCATED",
+    "EXT4_DIR_FULL",
     "EXT4_FEATURE_UNSUPPORTED",
+    "EXT4_GROW_LIMIT",
     "EXT4_NOT_CLEAN",
+    "EXT4_NO_BLOCKS",
+    "EXT4_NO_INODES",
+    "EXT4_XATTR_NO_ROOM",
     "FAT_FULL",
     "FORMAT_MISMATCH",
     "FORMAT_UNKNOWN",
@@ -139,11 +189,20 @@ const REASONS: &[&str] = &[
     "HARD_LINK_LEFT_OUT",
     "INITRD_UNREADABLE",
     "INODES_EXHAUSTED",
+    "JOURNAL_DIRTY",
     "KERNEL_FORMAT_UNKNOWN",
     "PARTITION_TABLE_CORRUPT",
     "ROOTFS_FORMAT_UNKNOWN",
     "ROOTFS_PREFIX",
     "ROOTFS_TOO_LARGE",
+    "ROOT_CHANGED",
+    "SIGNATURE_EXPIRED",
+    "SIGNATURE_INVALID",
+    "SIGNATURE_KEY_EXPIRED",
+    "SIGNATURE_KEY_REVOKED",
+    "SIGNATURE_KEY_UNKNOWN",
+    "SIGNATURE_MALFORMED",
+    "SIGNATURE_WEAK",
     "SIGNED_GRUB_UNKNOWN",
     "TOO_MANY_LINKS",
     "VOLATILE_PATTERN_TOO_COSTLY",
@@ -233,8 +292,11 @@ mod tests {
     #[test]
     fn every_reason_of_the_code_that_runs_in_a_worker_is_known() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        let mut files = vec![root.join("manifest/volatile.rs"), root.join("render/fill.rs")];
-        let mut folders = vec![root.join("tree"), root.join("ext4/format"), root.join("ext4/read"), root.join("boot"), root.join("disk")];
+        let mut files = ["manifest/volatile.rs", "render/fill.rs", "render/study.rs", "guest/from_image.rs", "guest/watch.rs"]
+            .map(|file| root.join(file))
+            .to_vec();
+        let mut folders =
+            vec![root.join("tree"), root.join("ext4/format"), root.join("ext4/read"), root.join("ext4/edit"), root.join("boot"), root.join("disk")];
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(&folder).expect("a folder of the crate").flatten() {
                 let path = entry.path();

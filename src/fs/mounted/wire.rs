@@ -112,7 +112,7 @@ pub(super) struct EditJob {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum WireKind {
+pub(crate) enum WireKind {
     Directory,
     File { size: u64, spans: Vec<(u64, u64)> },
     Symlink(Vec<u8>),
@@ -126,7 +126,7 @@ pub(super) enum WireKind {
 type WireXattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct WireEntry {
+pub(crate) struct WireEntry {
     path: Vec<u8>,
     kind: WireKind,
     mode: u16,
@@ -137,7 +137,7 @@ pub(super) struct WireEntry {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct WireAttrs {
+pub(crate) struct WireAttrs {
     mode: u16,
     uid: u32,
     gid: u32,
@@ -146,7 +146,7 @@ pub(super) struct WireAttrs {
 
 /// An edit without its content, which may be large and secret.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum WireOp {
+pub(crate) enum WireOp {
     WriteFile { path: Vec<u8>, attrs: WireAttrs },
     AppendFile { path: Vec<u8> },
     MakeDir { path: Vec<u8>, attrs: WireAttrs },

@@ -58,6 +58,11 @@ impl Certificate {
         Certificate { key, material }
     }
 
+    /// The whole certificate, binary.
+    pub fn to_bytes(&self) -> pgp::errors::Result<Vec<u8>> {
+        self.key.to_bytes()
+    }
+
     /// SHA-256 of the whole certificate, hexadecimal.
     pub fn material(&self) -> String {
         self.material.clone()

@@ -77,6 +77,17 @@ impl Keyring {
         self.certificates.iter().map(Certificate::fingerprint).collect()
     }
 
+    /// The certificates as [`Keyring::parse`] reads them.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let certificates: Vec<Vec<u8>> = self
+            .certificates
+            .iter()
+            .map(Certificate::to_bytes)
+            .collect::<Result<_, _>>()
+            .map_err(|error| Error::internal(Stage::Config, "keyring", "a certificate that was read can't be written").with_source(error))?;
+        Ok(certificates.concat())
+    }
+
     /// Each certificate's fingerprint, and a digest of all that belongs to it.
     pub fn materials(&self) -> impl Iterator<Item = (String, String)> {
         self.certificates.iter().map(|certificate| (certificate.fingerprint(), certificate.material()))

@@ -1,0 +1,301 @@
+//! Small jobs: one question about foreign bytes, one answer. Not worth a process when they come by the hundred; these come once per tarball or document.
+//!
+//! ```text
+//!  Probe        nothing ─▶ that a process can be confined here
+//!  Unwrap       header of an encrypted tarball + identities ─▶ the key of this file
+//!  Verify       signature + keys, over the file on standard input or bytes that are passed ─▶ who signed
+//!  Clearsigned  document on standard input + keys ─▶ what is signed, and who signed
+//! ```
+//!
+//! What comes back is a key of 16 bytes, a [`Signer`], or bytes that some signature is over. A process that was taken over by what it reads can lie in these,
+//! and no more: it has the identities and the operator's public keys, and nowhere to send them. What it says about a signer is compared with the keys that
+//! were given.
+
+use std::{
+    fs::File,
+    io::{BufReader, Read, Seek, SeekFrom},
+    os::fd::AsFd,
+    time::SystemTime,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Conversation, Launcher, POLL, child, died,
+    wire::{Reply, Request, WireError},
+};
+use crate::{
+    config::worker::Confine,
+    error::{Error, Result, Stage},
+    fs::mounted::wire::receive,
+    host::confine::{Limits, confine},
+    progress::Progress,
+    trust::{
+        Method, Signer,
+        age::{self, FILE_KEY_LEN, FileKey, Identities},
+        minisign::{self, Keys},
+        openpgp::{self, DOCUMENT_BYTES_MAX, Keyring},
+    },
+};
+
+/// A question.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SmallJob {
+    task: Task,
+    memory_bytes: u64,
+    misdeed: Option<String>,
+}
+
+/// What is asked; the frame's data are the parts whose lengths are named, one after the other.
+#[derive(Debug, Serialize, Deserialize)]
+enum Task {
+    /// Nothing.
+    Probe,
+    /// Parts: header, identities.
+    Unwrap { object: String, header: usize },
+    /// Parts: signature, keys, and the signed bytes unless they are on standard input.
+    Verify { object: String, method: Method, signature: usize, keys: usize, is_on_stdin: bool, now: SystemTime },
+    /// Part: keyring.
+    Clearsigned { object: String, now: SystemTime },
+}
+
+/// An answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Answer {
+    /// It is confined.
+    Here,
+    /// The key is the frame's data.
+    Unwrapped,
+    /// Who signed.
+    Signed(Signer),
+    /// Who signed; the payload is the frame's data.
+    Payload(Signer),
+}
+
+/// Keys of one kind that may vouch.
+#[derive(Debug, Clone, Copy)]
+pub enum Vouching<'k> {
+    /// OpenPGP certificates.
+    Openpgp(&'k Keyring),
+    /// minisign keys.
+    Minisign(&'k Keys),
+}
+
+impl Vouching<'_> {
+    fn method(&self) -> Method {
+        match self {
+            Vouching::Openpgp(_) => Method::Openpgp,
+            Vouching::Minisign(_) => Method::Minisign,
+        }
+    }
+
+    fn bytes(&self) -> Result<Vec<u8>> {
+        match self {
+            Vouching::Openpgp(ring) => ring.to_bytes(),
+            Vouching::Minisign(keys) => Ok(keys.to_text().into_bytes()),
+        }
+    }
+
+    /// Whether the signer is one of the keys, as it was given.
+    fn holds(&self, signer: &Signer) -> bool {
+        match self {
+            Vouching::Openpgp(ring) => ring.materials().any(|(key, material)| (key, material) == (signer.key.clone(), signer.material.clone())),
+            Vouching::Minisign(keys) => keys.materials().any(|(key, material)| (key, &material) == (signer.key.as_str(), &signer.material)),
+        }
+    }
+}
+
+/// What is signed.
+#[derive(Debug, Clone, Copy)]
+pub enum Signed<'b> {
+    /// A file, from its start.
+    File(&'b File),
+    /// Bytes.
+    Bytes(&'b [u8]),
+}
+
+impl Launcher {
+    /// The key of a tarball, if it is encrypted. `PermissionDenied`: `AGE_NO_IDENTITY` (none is configured); otherwise as [`age::unwrap`].
+    pub(super) fn file_key(&self, blob: &File, object: &str) -> Result<Option<FileKey>> {
+        let Some(header) = age::header_of(blob, object)? else { return Ok(None) };
+        if self.identities.is_empty() {
+            let why = "is encrypted, and there is no identity to open it with";
+            return Err(Error::new(crate::error::Kind::PermissionDenied, Stage::Golden, object, why)
+                .with_reason("AGE_NO_IDENTITY")
+                .with_hint("name a file of age-keygen's in age.identities"));
+        }
+        if self.settings.confine == Confine::Off {
+            return age::unwrap(&header, &self.identities, object).map(Some);
+        }
+        let task = Task::Unwrap { object: object.to_owned(), header: header.len() };
+        let data = [&header[..], self.identities.text().expose()].concat();
+        match self.ask(task, &data, None, FILE_KEY_LEN)? {
+            (Answer::Unwrapped, key) => match <[u8; FILE_KEY_LEN]>::try_from(&key[..]) {
+                Ok(key) => Ok(Some(FileKey::new(key))),
+                Err(_) => Err(died("its key is not one")),
+            },
+            _ => Err(died("its answer is to another question")),
+        }
+    }
+
+    /// Verifies a detached signature, as [`openpgp::detached`] and [`minisign::detached`] do, in a worker unless configured otherwise.
+    pub fn verify(&self, keys: Vouching<'_>, signature: &[u8], signed: Signed<'_>, object: &str) -> Result<Signer> {
+        let now = SystemTime::now();
+        if self.settings.confine == Confine::Off {
+            return verify(keys, signature, signed, now, object);
+        }
+        let of_keys = keys.bytes()?;
+        let (bytes, file): (&[u8], _) = match signed {
+            Signed::File(file) => (&[], Some(file)),
+            Signed::Bytes(bytes) => (bytes, None),
+        };
+        let task = Task::Verify {
+            object: object.to_owned(),
+            method: keys.method(),
+            signature: signature.len(),
+            keys: of_keys.len(),
+            is_on_stdin: file.is_some(),
+            now,
+        };
+        let data = [signature, &of_keys, bytes].concat();
+        match self.ask(task, &data, file, 0)? {
+            (Answer::Signed(signer), _) if keys.holds(&signer) => Ok(signer),
+            _ => Err(died("its answer is to another question")),
+        }
+    }
+
+    /// Verifies a clear-signed document, as [`openpgp::clearsigned`] does, in a worker unless configured otherwise.
+    pub fn clearsigned(&self, document: &File, keyring: &Keyring, object: &str) -> Result<openpgp::Clearsigned> {
+        let now = SystemTime::now();
+        if self.settings.confine == Confine::Off {
+            return openpgp::clearsigned(&whole(document, object)?, keyring, now, object);
+        }
+        let task = Task::Clearsigned { object: object.to_owned(), now };
+        match self.ask(task, &keyring.to_bytes()?, Some(document), DOCUMENT_BYTES_MAX)? {
+            (Answer::Payload(signer), payload) if Vouching::Openpgp(keyring).holds(&signer) => Ok(openpgp::Clearsigned { payload, signer }),
+            _ => Err(died("its answer is to another question")),
+        }
+    }
+
+    /// Which layers of confinement this host does not give, in words; none when workers are not confined at all. Starts a process.
+    pub fn missing_layers(&self) -> Result<Option<Vec<String>>> {
+        if self.settings.confine == Confine::Off {
+            return Ok(None);
+        }
+        let (mut conversation, sent) = self.begin(Task::Probe, &[], None)?;
+        match sent.and_then(|()| conversation.answer(0)) {
+            Ok(_) => {
+                let missing = std::mem::take(&mut conversation.missing);
+                conversation.finish().map(|()| Some(missing))
+            }
+            Err(error) => Err(conversation.abort(error)),
+        }
+    }
+
+    fn begin(&self, task: Task, data: &[u8], stdin: Option<&File>) -> Result<(Conversation, Result<()>)> {
+        let nothing = File::open("/dev/null").map_err(super::failed("open /dev/null"))?;
+        let mut conversation = Conversation::start(&self.program, stdin.unwrap_or(&nothing), nothing.as_fd())?;
+        let job = SmallJob { task, memory_bytes: self.settings.memory_max.0, misdeed: self.misdeed.clone() };
+        let sent = conversation.send(&Request::Small(Box::new(job)), data);
+        Ok((conversation, sent))
+    }
+
+    fn ask(&self, task: Task, data: &[u8], stdin: Option<&File>, answer_max: usize) -> Result<(Answer, Vec<u8>)> {
+        let (mut conversation, sent) = self.begin(task, data, stdin)?;
+        match sent.and_then(|()| conversation.answer(answer_max)) {
+            Ok(answer) => conversation.finish().map(|()| answer),
+            Err(error) => Err(conversation.abort(error)),
+        }
+    }
+}
+
+impl Conversation {
+    fn answer(&mut self, data_max: usize) -> Result<(Answer, Vec<u8>)> {
+        let progress = Progress::default();
+        loop {
+            self.set_timeout(POLL)?;
+            self.wait(None, &mut 0, &progress)?;
+            self.set_timeout(super::FRAME_TIMEOUT)?;
+            match receive(&mut self.from, data_max) {
+                Ok(Some((Some(Reply::Confined { missing }), _))) => self.note_missing(missing),
+                Ok(Some((Some(Reply::Answer(answer)), data))) => return Ok((*answer, data)),
+                Ok(Some((Some(Reply::Failed(error)), _))) => return Err(error.into_error()),
+                Ok(Some(_)) => return Err(died("its answer is to another question")),
+                Ok(None) => return Err(died("ended without an answer")),
+                Err(error) => return Err(died("its answer can't be read").with_source(error)),
+            }
+        }
+    }
+}
+
+/// The worker's side.
+pub(super) fn serve(job: &SmallJob, data: &[u8], stdin: File, daemon: &mut child::Daemon) -> Result<()> {
+    if matches!(job.task, Task::Unwrap { .. }) {
+        age::prepare();
+    }
+    let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: 0 };
+    let misdeed = job.misdeed.as_deref();
+    match confine(limits, || child::misdeed::before_the_filter(misdeed)) {
+        Ok(confined) => daemon.reply(&Reply::Confined { missing: confined.missing })?,
+        Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
+    }
+    child::misdeed::behind_the_filter(misdeed);
+    match answer(&job.task, data, &stdin) {
+        Ok((answer, data)) => daemon.reply_with(&Reply::Answer(Box::new(answer)), &data),
+        Err(error) => daemon.reply(&Reply::Failed(WireError::from(&error))),
+    }
+}
+
+fn answer(task: &Task, data: &[u8], stdin: &File) -> Result<(Answer, Vec<u8>)> {
+    let wrong = || Error::internal(Stage::Host, super::SUBCOMMAND, "the parts are not as long as the job says");
+    match task {
+        Task::Probe => Ok((Answer::Here, Vec::new())),
+        Task::Unwrap { object, header } => {
+            let (header, identities) = data.split_at_checked(*header).ok_or_else(wrong)?;
+            let key = age::unwrap(header, &Identities::parse(identities, "age.identities")?, object)?;
+            Ok((Answer::Unwrapped, key.expose().to_vec()))
+        }
+        Task::Verify { object, method, signature, keys, is_on_stdin, now } => {
+            let (signature, rest) = data.split_at_checked(*signature).ok_or_else(wrong)?;
+            let (keys, bytes) = rest.split_at_checked(*keys).ok_or_else(wrong)?;
+            let signed = if *is_on_stdin { Signed::File(stdin) } else { Signed::Bytes(bytes) };
+            let signer = match method {
+                Method::Openpgp => verify(Vouching::Openpgp(&Keyring::parse(keys, "keys")?), signature, signed, *now, object)?,
+                Method::Minisign => {
+                    let keys = Keys::parse(std::str::from_utf8(keys).map_err(|_| wrong())?, "keys")?;
+                    verify(Vouching::Minisign(&keys), signature, signed, *now, object)?
+                }
+            };
+            Ok((Answer::Signed(signer), Vec::new()))
+        }
+        Task::Clearsigned { object, now } => {
+            let openpgp::Clearsigned { payload, signer } =
+                openpgp::clearsigned(&whole(stdin, object)?, &Keyring::parse(data, "keys")?, *now, object)?;
+            Ok((Answer::Payload(signer), payload))
+        }
+    }
+}
+
+fn verify(keys: Vouching<'_>, signature: &[u8], signed: Signed<'_>, now: SystemTime, object: &str) -> Result<Signer> {
+    let mut open = || -> std::io::Result<Box<dyn Read>> {
+        Ok(match signed {
+            Signed::Bytes(bytes) => Box::new(std::io::Cursor::new(bytes.to_vec())),
+            Signed::File(file) => {
+                let mut file = file.try_clone()?;
+                file.seek(SeekFrom::Start(0))?;
+                Box::new(BufReader::with_capacity(1 << 18, file))
+            }
+        })
+    };
+    match keys {
+        Vouching::Openpgp(ring) => openpgp::detached(signature, ring, now, object, &mut open),
+        Vouching::Minisign(keys) => minisign::detached(signature, keys, now, object, &mut open),
+    }
+}
+
+fn whole(mut file: &File, object: &str) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.take(DOCUMENT_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
+    read.map_err(|error| Error::io(Stage::Fetch, object, "read the document", error))?;
+    Ok(bytes)
+}
