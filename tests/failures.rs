@@ -45,7 +45,10 @@ const FAILURES: [(&str, &str, Against); 32] = [
         "the kernel parses a hostile filesystem",
         "Ganeti design-os, guestfs",
         Both(
-            &["nothing_shows_in_the_hosts_mount_table_and_an_abandoned_build_leaves_nothing"],
+            &[
+                "nothing_shows_in_the_hosts_mount_table_and_an_abandoned_build_leaves_nothing",
+                "a_guests_filesystem_is_read_by_a_process_that_can_do_nothing_else",
+            ],
             "only filesystems that mkfs made here a moment ago are mounted; volumes of guests are read and changed by our own ext4 code",
         ),
     ),
@@ -80,7 +83,10 @@ const FAILURES: [(&str, &str, Against); 32] = [
     (
         "cross-tenant reuse of the cache",
         "Incus CVE-2026-81501",
-        Both(&["the_differing_field_is_named"], "what a render may use follows from its image; that a tarball or golden is here answers no request"),
+        Both(
+            &["the_differing_field_is_named", "bytes_that_are_in_the_store_already_are_not_trusted_for_it"],
+            "what a render may use follows from its image; that a tarball or golden is here answers no request",
+        ),
     ),
     (
         "SSRF: probe before policy, redirects, DNS rebinding, file://",
@@ -147,6 +153,7 @@ const FAILURES: [(&str, &str, Against); 32] = [
             "secrets_are_in_the_guest_only_and_never_in_report_debug_or_record",
             "secrets_are_known_and_never_shown",
             "secrets_mark_the_edit_and_stay_out_of_errors",
+            "identities_are_the_daemons_alone_and_are_never_shown",
         ]),
     ),
     (
@@ -211,7 +218,20 @@ const FAILURES: [(&str, &str, Against); 32] = [
     (
         "silent downgrade from signed to unsigned",
         "juju, installimage",
-        Both(&["digests_are_lower_case_hex_only"], "a digest in a manifest is always checked; there is no fallback from it"),
+        Both(
+            &[
+                "without_a_good_signature_nothing_is_taken_and_nothing_is_left",
+                "what_is_in_the_store_from_before_the_rule_is_not_exempt",
+                "a_peer_that_has_the_golden_image_does_not_vouch_for_it",
+                "an_image_of_a_stream_owes_what_its_url_owes_and_its_manifest_is_the_streams",
+                "a_manifest_owes_its_signature_before_it_is_parsed",
+                "an_uploaded_tarball_brings_its_signature_or_is_refused",
+                "no_spelling_of_a_url_steps_around_its_rule",
+                "trees_that_are_tampered_with_stale_unsigned_oversized_or_escaping_are_refused",
+                "digests_are_lower_case_hex_only",
+            ],
+            "a rule that requires a signature has no fallback, and `updated` of a stream never goes backwards",
+        ),
     ),
     (
         "leaked snapshots, partial volumes, stale goldens",
