@@ -22,7 +22,7 @@ fuzz=$root/fuzz learnt=$root/target/fuzz-corpus/$1
 mkdir --parents "$learnt"
 options=(-max_total_time="${2:-60}" -rss_limit_mb=1024 -timeout=10 -print_final_stats=1)
 case $1 in
-    tar_reader) options+=(-max_len=32768) ;;
+    tar_reader | squashfs) options+=(-max_len=32768) ;;
     ext4_*) options+=(-max_len=1024) ;;
     *) options+=(-max_len=8192) ;;
 esac

@@ -1,4 +1,4 @@
-//! What of a golden's build reads foreign bytes: blob → (decrypt) → decompress → tar → facts → filesystem → boot loaders → digest.
+//! What of a golden's build reads foreign bytes: blob → (decrypt) → decompress → tar (or squashfs) → facts → filesystem → boot loaders → digest.
 //!
 //! Everything it touches is passed open: it runs in a confined process (`crate::worker`) that can open nothing. What it gives back is what the daemon
 //! keeps beside the disk.
@@ -29,7 +29,7 @@ use crate::{
         TreeSink, archive, below,
         collect::Collector,
         decompress::{self, Compression},
-        error_of_read,
+        error_of_read, squashfs,
     },
     trust::age::{self, FileKey},
 };
@@ -158,14 +158,7 @@ fn boot_spec(spec: &GoldenSpec) -> BootSpec {
     BootSpec { kernel: path(&spec.boot.kernel), initrd: path(&spec.boot.initrd), cmdline: None }
 }
 
-fn stream_tree(
-    input: Box<dyn Read + Send>,
-    compression: Compression,
-    spec: &GoldenSpec,
-    progress: &Progress,
-    sink: &mut dyn TreeSink,
-) -> Result<GuestFacts> {
-    let mut input = decompress::open_with(input, compression, decompress::Limits::default(), progress)?;
+fn stream_tree(mut input: Opened, spec: &GoldenSpec, progress: &Progress, sink: &mut dyn TreeSink) -> Result<GuestFacts> {
     let volatile = Volatile::compile(&spec.volatile)?;
     // The archive's filter can't fail; a pattern that does (too much backtracking) is remembered and fails the build at the end.
     let failure = std::cell::RefCell::new(None);
@@ -188,10 +181,10 @@ fn stream_tree(
     let mut collector = Collector::new(sink, &watch);
     let limits = archive::Limits::default();
     let summary = match &prefix {
-        None => archive::read(&mut *input, &limits, &filter, &mut collector, progress)?,
+        None => input.read(&limits, &filter, &mut collector, progress)?,
         Some(prefix) => {
             let mut below = below::Below::new(prefix.clone(), &mut collector);
-            let summary = archive::read(&mut *input, &limits, &filter, &mut below, progress)?;
+            let summary = input.read(&limits, &filter, &mut below, progress)?;
             below.finish()?;
             summary
         }
@@ -206,25 +199,63 @@ fn stream_tree(
 /// Reads an archive in this process.
 pub fn read_archive(archive: Archive<'_>, sink: &mut dyn TreeSink, progress: &Progress) -> Result<GuestFacts> {
     let Archive { blob, name, declared, file_key, spec } = archive;
-    let (input, compression) = opened(blob, name, declared, file_key.as_ref())?;
-    stream_tree(input, compression, spec, progress, sink)
+    let input = match file_key {
+        None => Opened::new(blob, name, declared, progress)?,
+        Some(key) => Opened::decrypted(blob, name, declared, &key, progress)?,
+    };
+    stream_tree(input, spec, progress, sink)
 }
 
-/// The archive's bytes, decrypted, and how they are compressed.
-fn opened(blob: File, name: &str, declared: Option<Compression>, key: Option<&FileKey>) -> Result<(Box<dyn Read + Send>, Compression)> {
-    let Some(key) = key else {
+/// A root filesystem, opened as what it is.
+enum Opened {
+    Archive(Box<dyn Read + Send>),
+    Squashfs(File),
+}
+
+impl Opened {
+    fn new(blob: File, name: &str, declared: Option<Compression>, progress: &Progress) -> Result<Opened> {
         let compression = declared.map_or_else(|| detected(&blob, name), Ok)?;
-        return Ok((Box::new(blob), compression));
-    };
-    let mut plain = age::open(blob, key, name)?;
-    if let Some(compression) = declared {
-        return Ok((plain, compression));
+        if compression != Compression::Squashfs {
+            return Ok(Opened::Archive(decompress::open_with(Box::new(blob), compression, decompress::Limits::default(), progress)?));
+        }
+        // As an archive's: what was declared is compared with what is there.
+        match detected(&blob, name)? {
+            Compression::Squashfs => Ok(Opened::Squashfs(blob)),
+            other => {
+                let message = format!("declared is squashfs, the bytes are a tar archive ({})", other.name());
+                Err(Error::new(Kind::InvalidRequest, Stage::Golden, name, message).with_reason("FORMAT_MISMATCH"))
+            }
+        }
     }
-    let mut first = Vec::new();
-    let read = plain.by_ref().take(decompress::DETECT_LEN as u64).read_to_end(&mut first);
-    read.map_err(|error| error_of_read(error, Stage::Golden, name, "decrypt its beginning"))?;
-    let compression = compression_of(&first, name)?;
-    Ok((Box::new(io::Cursor::new(first).chain(plain)), compression))
+
+    fn decrypted(blob: File, name: &str, declared: Option<Compression>, key: &FileKey, progress: &Progress) -> Result<Opened> {
+        let mut plain = age::open(blob, key, name)?;
+        let mut first = Vec::new();
+        let read = plain.by_ref().take(decompress::DETECT_LEN as u64).read_to_end(&mut first);
+        read.map_err(|error| error_of_read(error, Stage::Golden, name, "decrypt its beginning"))?;
+        let compression = declared.map_or_else(|| compression_of(&first, name), Ok)?;
+        if compression == Compression::Squashfs {
+            let message = "is a squashfs image, which is read here and there; what is encrypted is read from its beginning to its end";
+            return Err(Error::new(Kind::Unsupported, Stage::Golden, name, message)
+                .with_reason("ENCRYPTED_SQUASHFS")
+                .with_hint("encrypt a tar archive of it, compressed or not"));
+        }
+        let input = Box::new(io::Cursor::new(first).chain(plain));
+        Ok(Opened::Archive(decompress::open_with(input, compression, decompress::Limits::default(), progress)?))
+    }
+
+    fn read(
+        &mut self,
+        limits: &archive::Limits,
+        filter: &dyn Fn(&GuestPath) -> bool,
+        sink: &mut dyn TreeSink,
+        progress: &Progress,
+    ) -> Result<archive::Summary> {
+        match self {
+            Opened::Archive(input) => archive::read(&mut **input, limits, filter, sink, progress),
+            Opened::Squashfs(image) => squashfs::read(image, limits, filter, sink, progress),
+        }
+    }
 }
 
 /// What the first bytes say, for a tarball that nobody declared a media type for. Its position stays where it is.
@@ -244,7 +275,7 @@ pub fn detected(blob: &File, name: &str) -> Result<Compression> {
 
 fn compression_of(first: &[u8], name: &str) -> Result<Compression> {
     Compression::detect(first).ok_or_else(|| {
-        Error::new(Kind::InvalidRequest, Stage::Golden, name, "is neither a tar archive nor one compressed by gzip, xz, zstd or bzip2")
-            .with_reason("ROOTFS_FORMAT_UNKNOWN")
+        let what = "is neither a tar archive, plain or compressed by gzip, xz, zstd or bzip2, nor a squashfs image";
+        Error::new(Kind::InvalidRequest, Stage::Golden, name, what).with_reason("ROOTFS_FORMAT_UNKNOWN")
     })
 }

@@ -357,7 +357,7 @@ impl Engine {
 
 fn compression_of(media_type: &str) -> Result<Compression> {
     Compression::from_media_type(media_type).ok_or_else(|| {
-        Error::field(Stage::Manifest, "rootfs.media_type", format!("{media_type:?} is not the media type of a tar archive"))
+        Error::field(Stage::Manifest, "rootfs.media_type", format!("{media_type:?} is not the media type of a tar archive or a squashfs image"))
             .with_reason("MEDIA_TYPE_UNKNOWN")
     })
 }

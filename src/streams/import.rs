@@ -9,8 +9,9 @@ use crate::{
     images::{self, name_from},
 };
 
-/// Items that are a root filesystem, best first: `ftype`, and the media type of what it is.
-const ROOTFS: [(&str, &str); 8] = [
+/// Items that are a root filesystem, best first: `ftype`, and the media type of what it is. Tarballs come first, which are read in one pass; unified ones of Incus and LXD last:
+/// they have metadata and the root filesystem in one.
+const ROOTFS: [(&str, &str); 15] = [
     ("root.tar.zst", "application/zstd"),
     ("rootfs.tar.zst", "application/zstd"),
     ("root.tar.xz", "application/x-xz"),
@@ -19,7 +20,16 @@ const ROOTFS: [(&str, &str); 8] = [
     ("rootfs.tar.gz", "application/gzip"),
     ("root.tar.bz2", "application/x-bzip2"),
     ("root.tar", "application/x-tar"),
+    ("squashfs", "application/vnd.squashfs"),
+    ("incus_combined.tar.xz", "application/x-xz"),
+    ("incus_combined.tar.gz", "application/gzip"),
+    ("incus_combined.tar.zst", "application/zstd"),
+    ("lxd_combined.tar.xz", "application/x-xz"),
+    ("lxd_combined.tar.gz", "application/gzip"),
+    ("lxd_combined.tar.zst", "application/zstd"),
 ];
+/// Items that are the metadata of an image whose root filesystem is another item.
+const METADATA: [&str; 2] = ["incus.tar.xz", "lxd.tar.xz"];
 /// Characters of what a publisher says that go into a description.
 const TEXT_LEN_MAX: usize = 200;
 
@@ -32,11 +42,27 @@ pub struct Offer<'a> {
     pub download: Download,
     /// Media type of its bytes.
     pub media_type: &'static str,
+    /// What Incus and LXD call the image: SHA-256 over the bytes of its metadata and of this root filesystem, or of the unified tarball; 64 hexadecimal digits.
+    pub fingerprint: Option<String>,
+}
+
+/// The key of a metadata item that has the fingerprint of it with a root filesystem of that `ftype`.
+fn combined_key(ftype: &str) -> Option<&'static str> {
+    match ftype {
+        "squashfs" => Some("combined_squashfs-sha256"),
+        "root.tar.xz" | "rootfs.tar.xz" => Some("combined_rootxz-sha256"),
+        _ => None,
+    }
+}
+
+fn is_unified(ftype: &str) -> bool {
+    ftype.contains("_combined.")
 }
 
 /// Picks the root filesystem among the items of one version. The error says why there is none that can be used.
 pub fn choose<'a>(items: impl Iterator<Item = ItemRef<'a>>) -> Result<Offer<'a>, String> {
     let (mut best, mut seen): (Option<(usize, ItemRef<'a>)>, Vec<String>) = (None, Vec::new());
+    let mut metadata: Option<(usize, ItemRef<'a>)> = None;
     for item in items {
         let ftype = item.text("ftype").unwrap_or_default().into_owned();
         if let Some(rank) = ROOTFS.iter().position(|(name, _)| *name == ftype)
@@ -44,12 +70,20 @@ pub fn choose<'a>(items: impl Iterator<Item = ItemRef<'a>>) -> Result<Offer<'a>,
         {
             best = Some((rank, item));
         }
+        if let Some(rank) = METADATA.iter().position(|name| *name == ftype)
+            && metadata.as_ref().is_none_or(|(other, _)| rank < *other)
+        {
+            metadata = Some((rank, item));
+        }
         seen.push(ftype);
     }
     let Some((rank, item)) = best else {
         seen.retain(|ftype| !ftype.is_empty());
         seen.truncate(12);
-        return Err(format!("none of its items is a root tarball: {}", if seen.is_empty() { "it has no items".to_owned() } else { seen.join(", ") }));
+        return Err(format!(
+            "none of its items is a root tarball or squashfs: {}",
+            if seen.is_empty() { "it has no items".to_owned() } else { seen.join(", ") }
+        ));
     };
     let download = item.download().map_err(|error| error.message().to_owned())?.ok_or_else(|| format!("{} has no path", item.item))?;
     if download.digest.is_none() {
@@ -58,7 +92,14 @@ pub fn choose<'a>(items: impl Iterator<Item = ItemRef<'a>>) -> Result<Offer<'a>,
     if download.size.is_none() {
         return Err(format!("{} has no size", item.item));
     }
-    Ok(Offer { item, download, media_type: ROOTFS[rank].1 })
+    let (ftype, media_type) = ROOTFS[rank];
+    let fingerprint = match (is_unified(ftype), metadata, combined_key(ftype)) {
+        (true, _, _) => download.digest.map(|digest| digest.hex()),
+        (false, Some((_, metadata)), Some(key)) => metadata.text(key).map(|text| text.into_owned()),
+        _ => None,
+    };
+    let is_digest = |text: &String| format!("sha256:{text}").parse::<crate::names::Digest>().is_ok();
+    Ok(Offer { item, download, media_type, fingerprint: fingerprint.filter(is_digest) })
 }
 
 /// What an image is called here.
@@ -130,6 +171,12 @@ impl Offer<'_> {
                 "item": self.item.item, "label": self.text("label"),
             },
         });
+        if is_unified(&self.text("ftype")) {
+            manifest["rootfs"]["prefix"] = crate::manifest::lxd::import::ROOTFS.into();
+        }
+        if let Some(fingerprint) = &self.fingerprint {
+            manifest["x-simplestreams"]["fingerprint"] = fingerprint.as_str().into();
+        }
         let arch = self.text("arch");
         if !arch.is_empty() {
             manifest["arch"] = arch.into();
@@ -183,6 +230,39 @@ mod tests {
         assert_eq!(manifest.entry_point_names(), ["init"]);
     }
 
+    /// As images.linuxcontainers.org publishes them: metadata by itself, root filesystems beside it, and what both together are called.
+    #[test]
+    fn split_and_unified_images_have_the_name_that_incus_gives_them() {
+        let root = reqwest::Url::parse("https://images.example/").expect("a URL");
+        let (of_squashfs, of_tarball) = (Digest::of(b"m+s").hex(), Digest::of(b"m+t").hex());
+        let mut metadata = item("incus.tar.xz");
+        metadata["combined_squashfs-sha256"] = of_squashfs.as_str().into();
+        metadata["combined_rootxz-sha256"] = of_tarball.as_str().into();
+        let mut older = item("lxd.tar.xz");
+        older["combined_squashfs-sha256"] = "not a digest".into();
+        let split = json!({"incus.tar.xz": metadata, "lxd.tar.xz": older, "root.squashfs": item("squashfs"), "disk.qcow2": item("disk-kvm.img")});
+        let written = |items: Value| -> Value {
+            let tree = tree("alpine:3.20:amd64:default", json!({"os": "Alpine", "release": "3.20", "arch": "x86_64"}), items);
+            let text = choose(tree.items()).expect("a root filesystem").manifest("lxc", &root).expect("JSON");
+            Manifest::parse(text.as_bytes()).expect("a manifest");
+            serde_json::from_str(&text).expect("JSON")
+        };
+        let manifest = written(split.clone());
+        assert_eq!(manifest["rootfs"]["media_type"], "application/vnd.squashfs");
+        assert_eq!(manifest["rootfs"]["url"], "https://images.example/images/x/squashfs");
+        assert_eq!(manifest["x-simplestreams"]["fingerprint"], of_squashfs);
+        assert!(manifest["rootfs"].get("prefix").is_none());
+        let mut with_tarball = split.clone();
+        with_tarball["root.tar.xz"] = item("root.tar.xz");
+        assert_eq!(written(with_tarball)["x-simplestreams"]["fingerprint"], of_tarball);
+        let mut old = split;
+        old.as_object_mut().expect("an object").remove("incus.tar.xz");
+        assert!(written(old)["x-simplestreams"].get("fingerprint").is_none());
+        let unified = written(json!({"incus_combined.tar.gz": item("incus_combined.tar.gz")}));
+        assert_eq!((unified["rootfs"]["prefix"].as_str(), unified["rootfs"]["media_type"].as_str()), (Some("/rootfs"), Some("application/gzip")));
+        assert_eq!(unified["x-simplestreams"]["fingerprint"], Digest::of(b"abc").hex());
+    }
+
     #[test]
     fn images_of_ubuntu_and_of_other_architectures() {
         let fields = json!({"aliases": "24.04,n,noble,default", "arch": "s390x", "os": "ubuntu", "release": "noble", "version": "24.04"});
@@ -194,7 +274,7 @@ mod tests {
 
     #[test]
     fn what_can_not_be_used_says_why() {
-        let none = tree("p", json!({}), json!({"a": item("disk1.img"), "b": item("squashfs")}));
+        let none = tree("p", json!({}), json!({"a": item("disk1.img"), "b": item("incus.tar.xz")}));
         assert!(choose(none.items()).expect_err("no tarball").contains("disk1.img"));
         let mut bare = item("root.tar.xz");
         bare.as_object_mut().expect("an object").remove("sha256");

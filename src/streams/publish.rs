@@ -174,6 +174,7 @@ impl Engine {
             Compression::Xz => "root.tar.xz",
             Compression::Zstd => "root.tar.zst",
             Compression::Bzip2 => "root.tar.bz2",
+            Compression::Squashfs => "squashfs",
         };
         let manifest = record.manifest.clone().into_bytes();
         let of_manifest = Digest::of(&manifest);

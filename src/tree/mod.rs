@@ -1,6 +1,7 @@
 //! The root filesystem as a stream of entries.
 //!
-//! A tarball is read once, front to back: `archive` turns bytes into [`Entry`] values under limits, and a [`TreeSink`] consumes them. Member
+//! A tarball is read once, front to back: `archive` turns bytes into [`Entry`] values under limits (`squashfs` does it of an image), and a [`TreeSink`]
+//! consumes them. Member
 //! names become [`GuestPath`]s (no `..`, no NUL, bounded); they never become paths of the host. Symlink targets and xattr values are data.
 
 pub mod archive;
@@ -8,6 +9,7 @@ pub mod below;
 pub mod collect;
 pub mod decompress;
 pub mod model;
+pub mod squashfs;
 
 use std::io::{self, Read};
 
@@ -89,7 +91,7 @@ pub enum EntryKind {
     },
     /// A named pipe.
     Fifo,
-    /// A UNIX socket (only from trees, never from tar).
+    /// A UNIX socket (only from trees and squashfs images, never from tar).
     Socket,
 }
 

@@ -12,14 +12,17 @@ use std::{
 use cloudletd::config::remote;
 use tempfile::TempDir;
 
-use crate::kit::free_port;
-
 /// User of the registry; the password is `right`.
 const HTPASSWD: &str = "user:$2b$04$mJ6QO6vyCbGcrbRXhrHNKe9ET3z7AqCyAagl6ubSiIFhb5VJImt6.\n";
 /// Who a test says it is where nobody checks.
 pub const CLAIM: &str = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0";
 /// How long a server may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A port that was free a moment ago.
+fn free_port() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("an address")
+}
 
 /// A server, its files and what it logs. Ends with the test.
 pub struct Server {
@@ -112,7 +115,8 @@ pub async fn s3(checked: bool) -> (Server, remote::Bucket) {
     let (port, without) = (address.port().to_string(), if checked { "4" } else { "inf" });
     let setting = format!("INITIAL_NO_AUTH_ACTION_COUNT={without}");
     let server = Server::start(dir, address, Path::new("env"), &[&setting, program.to_str().expect("text"), "-H", "127.0.0.1", "-p", &port]);
-    let client = crate::kit::client();
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().expect("a client");
     let iam = |body: &'static str| {
         let request = client.post(format!("http://{address}/")).header("host", "iam.amazonaws.com").body(body);
         let request = request.header("authorization", CLAIM.replace("/s3/", "/iam/")).header("content-type", "application/x-www-form-urlencoded");

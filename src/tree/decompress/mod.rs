@@ -44,7 +44,7 @@ pub fn prepare() {
     let _known = xz::threads();
 }
 
-/// How an archive is compressed.
+/// How a root filesystem comes: how its archive is compressed, or that it is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
@@ -58,10 +58,12 @@ pub enum Compression {
     Zstd,
     /// bzip2.
     Bzip2,
+    /// No archive but a squashfs image, which compresses by itself ([`super::squashfs`]).
+    Squashfs,
 }
 
 impl Compression {
-    /// The name in documents and messages: `none`, `gzip`, `xz`, `zstd`, `bzip2`.
+    /// The name in documents and messages: `none`, `gzip`, `xz`, `zstd`, `bzip2`, `squashfs`.
     pub fn name(self) -> &'static str {
         match self {
             Compression::None => "none",
@@ -69,6 +71,7 @@ impl Compression {
             Compression::Xz => "xz",
             Compression::Zstd => "zstd",
             Compression::Bzip2 => "bzip2",
+            Compression::Squashfs => "squashfs",
         }
     }
 
@@ -102,6 +105,8 @@ impl Compression {
             | "application/x-bzip-compressed-tar"
             | "application/x-bzip2-compressed-tar"
             | "application/x-tar+bzip2" => Compression::Bzip2,
+            // The first is registered with IANA; the others are what tools say.
+            "application/vnd.squashfs" | "application/x-squashfs" | "application/squashfs" => Compression::Squashfs,
             _ => return None,
         })
     }
@@ -115,6 +120,7 @@ impl Compression {
             (Compression::Xz, &[".tar.xz", ".txz"]),
             (Compression::Zstd, &[".tar.zst", ".tzst", ".tar.zstd"]),
             (Compression::Bzip2, &[".tar.bz2", ".tbz2", ".tbz"]),
+            (Compression::Squashfs, &[".squashfs", ".sqfs", ".sfs"]),
         ]
         .into_iter()
         .find_map(|(compression, suffixes)| suffixes.iter().any(|suffix| name.ends_with(suffix)).then_some(compression))
@@ -133,6 +139,7 @@ impl Compression {
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Compression::Xz),
             // A frame, or a skippable frame such as pzstd and the seekable format put in front.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Compression::Zstd),
+            [b'h', b's', b'q', b's', ..] => Some(Compression::Squashfs),
             [b'B', b'Z', b'h', b'1'..=b'9', 0x31, 0x41, 0x59, 0x26, 0x53, 0x59, ..] => Some(Compression::Bzip2),
             _ => None,
         }
@@ -210,6 +217,10 @@ enum Decoder {
 fn decoder<R: BufRead + Send + 'static>(input: R, media: Compression, limits: &Limits) -> Result<Decoder> {
     Ok(Decoder::Compressed(match media {
         Compression::None => return Ok(Decoder::Plain(Box::new(input))),
+        Compression::Squashfs => {
+            let text = "is a squashfs image, where a tar archive was expected";
+            return Err(Error::new(Kind::InvalidRequest, STAGE, OBJECT, text).with_reason("FORMAT_MISMATCH"));
+        }
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
         Compression::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(input)),
         Compression::Xz => Box::new(xz::XzStreams::new(input, limits.memory_bytes).map_err(|error| error_of_decoder(error, media))?),

@@ -38,6 +38,7 @@ fn compress(bytes: &[u8], media: Compression) -> Vec<u8> {
             encoder.finish().expect("to memory")
         }
         Compression::Zstd => zstd::encode_all(bytes, 1).expect("to memory"),
+        Compression::Squashfs => unreachable!("is no archive"),
         Compression::Bzip2 => {
             let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
             encoder.write_all(bytes).expect("to memory");
@@ -218,6 +219,18 @@ fn a_reader_dropped_early_ends_its_thread() {
             dropper.is_finished()
         });
         assert!(waited, "{media:?}: the drop hangs");
+    }
+}
+
+#[test]
+fn a_squashfs_image_is_known_and_is_no_archive() {
+    let image = [b"hsqs".as_slice(), &[0; 92]].concat();
+    assert_eq!(Compression::detect(&image), Some(Compression::Squashfs));
+    assert_eq!(Compression::from_media_type("application/vnd.squashfs"), Some(Compression::Squashfs));
+    assert_eq!(Compression::from_file_name("rootfs.SQUASHFS"), Some(Compression::Squashfs));
+    for declared in [Compression::Squashfs, Compression::Xz] {
+        let error = open_with(Box::new(io::Cursor::new(image.clone())), declared, Limits::default(), &Progress::default()).err().expect("refused");
+        assert_eq!(error.reason(), "FORMAT_MISMATCH");
     }
 }
 
