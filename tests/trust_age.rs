@@ -121,7 +121,10 @@ async fn what_can_not_be_opened_is_refused_by_name_and_leaves_no_golden_image() 
     let mut flipped = bytes.clone();
     let middle = flipped.len() / 2;
     flipped[middle] ^= 1;
+    let squashed = dir.join("squashed.tar");
+    judge("mksquashfs", &[dir.join("small.tar").to_str().expect("text"), squashed.to_str().expect("text"), "-quiet", "-no-progress"]);
     let cases = [
+        ("squashfs", encrypt(&squashed, &["-r", &recipient]), "ENCRYPTED_SQUASHFS"),
         ("cut-in-a-chunk", written("a.age", &bytes[..bytes.len() - 100_000]), "AGE_CORRUPT"),
         // The header is of one recipient: as long as the file is more than its chunks.
         ("cut-between-chunks", written("b.age", &bytes[..bytes.len() - (bytes.len() - header_len(&bytes)) % 65552]), "AGE_CORRUPT"),
