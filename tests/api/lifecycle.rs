@@ -80,3 +80,25 @@ async fn host_information_tells_pools_tools_and_filesystems() {
     );
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn host_information_tells_how_foreign_bytes_are_confined() {
+    use cloudletd::config::worker::Confine;
+    for (confine, program, confined, error) in
+        [(Confine::Required, None, true, ""), (Confine::Off, None, false, ""), (Confine::Required, Some("/nonexistent"), true, "/nonexistent")]
+    {
+        let mut daemon = Daemon::start_with(|config| {
+            config.worker.confine = confine;
+            if let Some(program) = program {
+                config.worker.program = Some(program.into());
+            }
+        })
+        .await;
+        let info = daemon.hosts.get_host_info(proto::GetHostInfoRequest {}).await.expect("answered").into_inner();
+        let told = info.confinement.expect("always there");
+        assert!(told.confined == confined && told.error.contains(error) && told.error.is_empty() == error.is_empty(), "{confine:?}: {told:?}");
+        // Root can become another user.
+        assert!(!nix::unistd::geteuid().is_root() || told.missing.iter().all(|layer| !layer.contains("another user")), "{told:?}");
+        daemon.stop().await;
+    }
+}
