@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    api::authorise::Caller,
     error::{Error, Result, Stage},
     names::Digest,
     progress::Progress,
@@ -54,7 +55,10 @@ impl ShareService for Sharing {
     }
 
     async fn push_golden(&self, request: Request<proto::PushGoldenRequest>) -> Result<Response<proto::PushGoldenResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let proto::PushGoldenRequest { remote, golden_key } = request.into_inner();
+        caller.note("remote", &remote);
+        caller.note("golden", &golden_key);
         let (engine, key) = (Arc::clone(&self.0), key(&golden_key)?);
         let pushed = on_its_own(async move { engine.push_golden(&remote, key, &Progress::default()).await }).await?;
         Ok(Response::new(proto::PushGoldenResponse {
@@ -67,7 +71,10 @@ impl ShareService for Sharing {
     }
 
     async fn pull_golden(&self, request: Request<proto::PullGoldenRequest>) -> Result<Response<proto::PullGoldenResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let proto::PullGoldenRequest { remote, golden_key, image_id, digest: wanted } = request.into_inner();
+        caller.note("remote", &remote);
+        caller.note("golden", &golden_key);
         let key = key(&golden_key)?;
         let wanted = if wanted.is_empty() { None } else { Some(digest("digest", &wanted)?) };
         let pull = PullGolden { remote, key, image_id: Some(image_id).filter(|id| !id.is_empty()), digest: wanted };
@@ -79,7 +86,10 @@ impl ShareService for Sharing {
     }
 
     async fn push_blob(&self, request: Request<proto::PushBlobRequest>) -> Result<Response<proto::PushBlobResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let proto::PushBlobRequest { remote, blob_digest } = request.into_inner();
+        caller.note("remote", &remote);
+        caller.note("blob", &blob_digest);
         let (engine, digest) = (Arc::clone(&self.0), digest("blob_digest", &blob_digest)?);
         let pushed = on_its_own(async move { engine.push_blob(&remote, digest).await }).await?;
         Ok(Response::new(proto::PushBlobResponse {
@@ -90,7 +100,10 @@ impl ShareService for Sharing {
     }
 
     async fn pull_blob(&self, request: Request<proto::PullBlobRequest>) -> Result<Response<proto::PullBlobResponse>, Status> {
+        let caller = Caller::of(&request)?;
         let proto::PullBlobRequest { remote, blob_digest } = request.into_inner();
+        caller.note("remote", &remote);
+        caller.note("blob", &blob_digest);
         let (engine, digest) = (Arc::clone(&self.0), digest("blob_digest", &blob_digest)?);
         let (size_bytes, pulled) = on_its_own(async move { engine.pull_blob(&remote, digest, &Progress::default()).await }).await?;
         Ok(Response::new(proto::PullBlobResponse { pulled, size_bytes }))

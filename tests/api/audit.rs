@@ -115,6 +115,12 @@ async fn lines_about_the_catalogue_and_the_store_name_what_they_are_about() {
     daemon.stores.release_lease(proto::ReleaseLeaseRequest { lease_id: lease.clone() }).await.expect("released");
     daemon.stores.collect_garbage(proto::CollectGarbageRequest { dry_run: true, ..Default::default() }).await.expect("looked");
     let backup = daemon.stores.backup_catalog(proto::BackupCatalogRequest { keep: 1 }).await.expect("backed up").into_inner().path;
+    let golden_key = "0".repeat(64);
+    let push = proto::PushGoldenRequest { remote: "nowhere".into(), golden_key: golden_key.clone() };
+    daemon.shares.push_golden(push).await.expect_err("not configured");
+    let blob = format!("sha256:{golden_key}");
+    let pull = proto::PullBlobRequest { remote: "nowhere".into(), blob_digest: blob.clone() };
+    daemon.shares.pull_blob(pull).await.expect_err("not configured");
 
     for (method, outcome, object) in [
         ("/SetImageName", "OK", json!({"image": image, "version": "small/1@1"})),
@@ -127,6 +133,8 @@ async fn lines_about_the_catalogue_and_the_store_name_what_they_are_about() {
         ("/ReleaseLease", "OK", json!({"lease": lease})),
         ("/CollectGarbage", "OK", json!({"dry_run": "true"})),
         ("/BackupCatalog", "OK", json!({"backup": backup})),
+        ("/PushGolden", "NOT_FOUND", json!({"remote": "nowhere", "golden": golden_key})),
+        ("/PullBlob", "NOT_FOUND", json!({"remote": "nowhere", "blob": blob})),
     ] {
         let line = line_of(&log, "call", method).await;
         assert_eq!((&line["outcome"], &line["object"]), (&outcome.into(), &object), "{line}");
