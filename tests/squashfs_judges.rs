@@ -241,6 +241,15 @@ fn limits_hold_and_other_compressors_and_versions_are_named() {
         let error = read(&bytes, limits.clone());
         assert_eq!((error.kind(), error.reason()), (Kind::NoSpace, "ARCHIVE_LIMIT"), "{limits:?}: {}", error.chain());
     }
+    // Blocks that have nothing to do with content are paid for as well.
+    let mut empty = tar::Builder::new(Vec::new());
+    for number in 0..100u32 {
+        member(&mut empty, &format!("file-{number:03}"), tar::EntryType::Regular, 0o644, b"");
+    }
+    let names = fs::read(sqfstar(dir.path(), &empty.into_inner().expect("a tarball"), &["-comp", "xz"])).expect("there");
+    assert_eq!(read(&names, Limits { archive_bytes: 500, ..Limits::default() }).reason(), "ARCHIVE_LIMIT");
+    let enough = Limits { archive_bytes: 20_000, ..Limits::default() };
+    squashfs::read(&&names[..], &enough, &model, &mut Model::default(), &Progress::default()).expect("read once");
     let lzo = fs::read(sqfstar(dir.path(), &tar, &["-comp", "lzo"])).expect("there");
     let error = read(&lzo, Limits::default());
     assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "ARCHIVE_UNSUPPORTED"));

@@ -49,6 +49,11 @@ use crate::{
 pub const MAGIC: [u8; 4] = *b"hsqs";
 /// Longest name in a directory.
 const NAME_LEN_MAX: usize = 256;
+/// All blocks that are read may have so many times the bytes that the content may have: blocks of metadata and of the ends of files are needed again now and then, and an image that makes every
+/// name need another of them would keep a processor busy for days.
+const WORK_FACTOR: u64 = 4;
+/// Blocks of all files together, holes among them.
+const BLOCKS_TOTAL_MAX: u64 = 64 << 20;
 /// Bytes that come out per byte of the image, once more than [`RATIO_FREE_BYTES`] came out; as of compressed archives.
 const RATIO_MAX: u64 = 1000;
 const RATIO_FREE_BYTES: u64 = GIB;
@@ -115,9 +120,19 @@ pub fn read(
     progress: &Progress,
 ) -> Result<Summary> {
     let root = GuestPath::root();
-    let mut image = Image::open(input).map_err(|refusal| refusal.at(&root))?;
-    let mut walk =
-        Walk { limits, filter, sink, progress, summary: Summary::default(), links: HashMap::new(), directories: HashSet::new(), seen: 0, out: 0 };
+    let mut image = Image::open(input, limits.archive_bytes.saturating_mul(WORK_FACTOR)).map_err(|refusal| refusal.at(&root))?;
+    let mut walk = Walk {
+        limits,
+        filter,
+        sink,
+        progress,
+        summary: Summary::default(),
+        links: HashMap::new(),
+        directories: HashSet::new(),
+        seen: 0,
+        out: 0,
+        blocks: 0,
+    };
     let place = image.root();
     let names = walk.node(&mut image, &root, place)?;
     let mut stack = vec![(root, names.unwrap_or_default().into_iter())];
@@ -158,6 +173,8 @@ struct Walk<'w> {
     seen: u64,
     /// Bytes of content so far.
     out: u64,
+    /// Blocks of files so far.
+    blocks: u64,
 }
 
 impl Walk<'_> {
@@ -192,6 +209,10 @@ impl Walk<'_> {
         }
         match inode.kind {
             InodeKind::File(content) => {
+                self.blocks += content.blocks.len() as u64;
+                if self.blocks > BLOCKS_TOTAL_MAX {
+                    return Err(refuse(Refusal::limit(format!("the files have more than {BLOCKS_TOTAL_MAX} blocks"))));
+                }
                 let (kind, stored) = content.describe(self.limits).map_err(refuse)?;
                 self.out = self.out.saturating_add(stored);
                 self.check_output(image.len()).map_err(refuse)?;

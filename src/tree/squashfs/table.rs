@@ -1,6 +1,6 @@
 //! The superblock, metadata blocks, and the tables that are made of them.
 
-use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, rc::Rc};
+use std::{cell::Cell, collections::HashMap, fs::File, io, os::unix::fs::FileExt, rc::Rc};
 
 use super::{Checked, MAGIC, NAME_LEN_MAX, Name, Refusal, inode::Listing};
 use crate::error::{Error, Stage};
@@ -10,6 +10,8 @@ const META_LEN: usize = 8192;
 const SUPERBLOCK_LEN: usize = 96;
 /// Metadata blocks kept, decompressed: 4 MiB.
 const CACHED_BLOCKS: usize = 512;
+/// Fragment blocks kept, decompressed: at most 8 MiB.
+const CACHED_FRAGMENTS: usize = 8;
 /// What a block size in a file and a fragment have for "stored as it is".
 const STORED: u32 = 1 << 24;
 /// A table that is not there.
@@ -180,8 +182,10 @@ pub(super) struct Image<'i> {
     fragment_table: u64,
     pub(super) xattr_table: Option<XattrTable>,
     cache: HashMap<u64, MetaBlock>,
-    /// The fragment block that was used last: files that share one are neighbours.
-    fragment: Option<(u32, Rc<Vec<u8>>)>,
+    /// The fragment blocks that were used last: files that share one are neighbours.
+    fragments: Vec<(u32, Rc<Vec<u8>>)>,
+    /// Bytes that blocks may still have, those counted twice that are read twice.
+    work: Cell<u64>,
 }
 
 /// Where extended attributes are.
@@ -195,7 +199,8 @@ pub(super) struct XattrTable {
 }
 
 impl<'i> Image<'i> {
-    pub fn open(input: &'i dyn ReadAt) -> Checked<Image<'i>> {
+    /// `work_max` is how many bytes all blocks may have that are read, those counted twice that are read twice.
+    pub fn open(input: &'i dyn ReadAt, work_max: u64) -> Checked<Image<'i>> {
         let io = |doing: &'static str| move |error| Refusal::from(Error::io(Stage::Golden, "squashfs image", doing, error));
         let file_len = input.len().map_err(io("read its size"))?;
         let mut block = [0; SUPERBLOCK_LEN];
@@ -235,7 +240,8 @@ impl<'i> Image<'i> {
             fragment_table,
             xattr_table: None,
             cache: HashMap::new(),
-            fragment: None,
+            fragments: Vec::new(),
+            work: Cell::new(work_max),
         };
         image.read_owners(owner_table, usize::from(owner_count))?;
         if xattr_table != NO_TABLE {
@@ -281,7 +287,15 @@ impl<'i> Image<'i> {
         }
         let mut bytes = vec![0; len];
         self.read_at(&mut bytes, stored.offset)?;
-        if stored.word & STORED != 0 { Ok(bytes) } else { self.compressor.decompress(&bytes, len_max) }
+        self.unpacked(bytes, stored.word & STORED != 0, len_max)
+    }
+
+    /// What a block consists of, which is paid for.
+    fn unpacked(&self, bytes: Vec<u8>, is_stored: bool, len_max: usize) -> Checked<Vec<u8>> {
+        let out = if is_stored { bytes } else { self.compressor.decompress(&bytes, len_max)? };
+        let left = self.work.get().checked_sub(out.len() as u64);
+        self.work.set(left.ok_or_else(|| Refusal::limit("the same blocks are needed again and again"))?);
+        Ok(out)
     }
 
     fn meta_block(&mut self, at: u64) -> Checked<MetaBlock> {
@@ -297,10 +311,7 @@ impl<'i> Image<'i> {
         }
         let mut bytes = vec![0; len];
         self.read_at(&mut bytes, at + 2)?;
-        if !is_stored {
-            bytes = self.compressor.decompress(&bytes, META_LEN)?;
-        }
-        let block = MetaBlock { bytes: Rc::new(bytes), next: at + 2 + len as u64 };
+        let block = MetaBlock { bytes: Rc::new(self.unpacked(bytes, is_stored, META_LEN)?), next: at + 2 + len as u64 };
         if self.cache.len() >= CACHED_BLOCKS {
             self.cache.clear();
         }
@@ -374,7 +385,7 @@ impl<'i> Image<'i> {
 
     /// The content of a fragment block.
     pub fn fragment(&mut self, number: u32) -> Checked<Rc<Vec<u8>>> {
-        if let Some((_, bytes)) = self.fragment.as_ref().filter(|(known, _)| *known == number) {
+        if let Some((_, bytes)) = self.fragments.iter().find(|(known, _)| *known == number) {
             return Ok(Rc::clone(bytes));
         }
         if number >= self.fragment_count {
@@ -384,7 +395,10 @@ impl<'i> Image<'i> {
         let mut fields = Fields(&entry);
         let stored = Stored { offset: fields.u64()?, word: fields.u32()? };
         let bytes = Rc::new(self.block(stored, self.block_len as usize)?);
-        self.fragment = Some((number, Rc::clone(&bytes)));
+        if self.fragments.len() >= CACHED_FRAGMENTS {
+            self.fragments.remove(0);
+        }
+        self.fragments.push((number, Rc::clone(&bytes)));
         Ok(bytes)
     }
 

@@ -7,6 +7,8 @@ use super::{
     table::{Fields, Image},
 };
 
+/// Attributes of one inode: their names alone could not be listed beyond some thousands (`XATTR_LIST_MAX`).
+const COUNT_MAX: u32 = 1024;
 /// The value is elsewhere.
 const OUT_OF_LINE: u16 = 0x100;
 
@@ -21,6 +23,9 @@ impl Image<'_> {
         let entry = self.entry::<16>(table.index, number)?;
         let mut fields = Fields(&entry);
         let (reference, count) = (fields.u64()?, fields.u32()?);
+        if count > COUNT_MAX {
+            return Err(Refusal::limit(format!("{count} extended attributes, the limit is {COUNT_MAX}")));
+        }
         let mut cursor = self.cursor(table.pairs, reference)?;
         let (mut xattrs, mut total, mut dropped) = (Vec::new(), 0, 0);
         for _ in 0..count {
