@@ -95,7 +95,7 @@ pub struct Engine {
     pub config: Config,
     /// Pools by name.
     pub pools: BTreeMap<PoolName, Pool>,
-    fetcher: Arc<Fetcher>,
+    pub(crate) fetcher: Arc<Fetcher>,
     /// Kernels of the configuration.
     kernels: SuppliedKernels,
     /// For signatures: the same sources, little patience for large files.

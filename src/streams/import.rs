@@ -1,12 +1,13 @@
 //! A version of a product becomes an image: which of its items is the root filesystem, and the manifest that says so.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::document::{Download, ItemRef};
 use crate::{
     boot::platform::machine,
     error::{Error, Result, Stage},
     images::{self, name_from},
+    names::Digest,
 };
 
 /// Items that are a root filesystem, best first: `ftype`, and the media type of what it is. Tarballs come first, which are read in one pass; unified ones of Incus and LXD last:
@@ -32,6 +33,8 @@ const ROOTFS: [(&str, &str); 15] = [
 const METADATA: [&str; 2] = ["incus.tar.xz", "lxd.tar.xz"];
 /// Characters of what a publisher says that go into a description.
 const TEXT_LEN_MAX: usize = 200;
+/// Bytes of a metadata tarball; published ones have a few KiB.
+pub const METADATA_LEN_MAX: u64 = 4 << 20;
 
 /// An image that a tree offers.
 #[derive(Debug, Clone)]
@@ -44,6 +47,38 @@ pub struct Offer<'a> {
     pub media_type: &'static str,
     /// What Incus and LXD call the image: SHA-256 over the bytes of its metadata and of this root filesystem, or of the unified tarball; 64 hexadecimal digits.
     pub fingerprint: Option<String>,
+    /// The metadata tarball beside it, of a split image.
+    pub metadata: Option<Metadata>,
+}
+
+/// The metadata tarball of a split image.
+#[derive(Debug, Clone)]
+pub struct Metadata {
+    /// Where its bytes are.
+    pub download: Download,
+    /// Their digest.
+    pub digest: Digest,
+}
+
+/// What the metadata tarball says, as far as a manifest has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Described {
+    /// Of these bytes.
+    pub digest: Digest,
+    /// The key `lxd`, when there are templates.
+    pub lxd: Option<Value>,
+    /// Why its templates are left out.
+    pub left_out: Option<String>,
+}
+
+impl Described {
+    /// What an image that was imported before says of its metadata.
+    pub fn of_manifest(manifest: &str) -> Option<Described> {
+        let manifest: Value = serde_json::from_str(manifest).ok()?;
+        let digest = manifest["x-simplestreams"]["metadata"].as_str()?.parse().ok()?;
+        let left_out = manifest["x-simplestreams"]["templates_left_out"].as_str().map(str::to_owned);
+        Some(Described { digest, lxd: manifest.get("lxd").cloned(), left_out })
+    }
 }
 
 /// The key of a metadata item that has the fingerprint of it with a root filesystem of that `ftype`.
@@ -99,7 +134,12 @@ pub fn choose<'a>(items: impl Iterator<Item = ItemRef<'a>>) -> Result<Offer<'a>,
         _ => None,
     };
     let is_digest = |text: &String| format!("sha256:{text}").parse::<crate::names::Digest>().is_ok();
-    Ok(Offer { item, download, media_type, fingerprint: fingerprint.filter(is_digest) })
+    let metadata = metadata.filter(|_| !is_unified(ftype)).and_then(|(_, item)| {
+        let download = item.download().ok().flatten()?;
+        let digest = download.digest.filter(|_| download.size.is_some_and(|size| size <= METADATA_LEN_MAX))?;
+        Some(Metadata { download, digest })
+    });
+    Ok(Offer { item, download, media_type, fingerprint: fingerprint.filter(is_digest), metadata })
 }
 
 /// What an image is called here.
@@ -153,7 +193,7 @@ impl Offer<'_> {
     }
 
     /// The manifest of the image: everything that decides its bytes, and where it came from. The same offer of the same stream gives the same manifest.
-    pub fn manifest(&self, stream: &str, root: &reqwest::Url) -> Result<String> {
+    pub fn manifest(&self, stream: &str, root: &reqwest::Url, described: Option<&Described>) -> Result<String> {
         let called = self.called();
         let name = called.map_or_else(|| self.item.product.chars().filter(|c| !c.is_control()).take(TEXT_LEN_MAX).collect(), |called| called.name);
         let title =
@@ -177,6 +217,15 @@ impl Offer<'_> {
         if let Some(fingerprint) = &self.fingerprint {
             manifest["x-simplestreams"]["fingerprint"] = fingerprint.as_str().into();
         }
+        if let Some(Described { digest, lxd, left_out }) = described {
+            manifest["x-simplestreams"]["metadata"] = digest.to_string().into();
+            if let Some(lxd) = lxd {
+                manifest["lxd"] = lxd.clone();
+            }
+            if let Some(why) = left_out {
+                manifest["x-simplestreams"]["templates_left_out"] = why.as_str().into();
+            }
+        }
         let arch = self.text("arch");
         if !arch.is_empty() {
             manifest["arch"] = arch.into();
@@ -187,12 +236,9 @@ impl Offer<'_> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
     use crate::{
         manifest::Manifest,
-        names::Digest,
         streams::{Limits, Products},
     };
 
@@ -223,7 +269,7 @@ mod tests {
         assert_eq!(called.aliases, ["debian/bookworm/default", "debian/12"]);
         assert_eq!(called.own_name.as_deref(), Some("debian/bookworm/amd64/default"));
         let root = reqwest::Url::parse("https://images.example/").expect("a URL");
-        let manifest = Manifest::parse(offer.manifest("lxc", &root).expect("JSON").as_bytes()).expect("a manifest");
+        let manifest = Manifest::parse(offer.manifest("lxc", &root, None).expect("JSON").as_bytes()).expect("a manifest");
         let rootfs = manifest.rootfs().expect("a root filesystem");
         assert_eq!(rootfs.url.as_deref(), Some("https://images.example/images/x/root.tar.xz"));
         assert_eq!((rootfs.digest, rootfs.size), (Some(Digest::of(b"abc")), Some(3)));
@@ -243,7 +289,7 @@ mod tests {
         let split = json!({"incus.tar.xz": metadata, "lxd.tar.xz": older, "root.squashfs": item("squashfs"), "disk.qcow2": item("disk-kvm.img")});
         let written = |items: Value| -> Value {
             let tree = tree("alpine:3.20:amd64:default", json!({"os": "Alpine", "release": "3.20", "arch": "x86_64"}), items);
-            let text = choose(tree.items()).expect("a root filesystem").manifest("lxc", &root).expect("JSON");
+            let text = choose(tree.items()).expect("a root filesystem").manifest("lxc", &root, None).expect("JSON");
             Manifest::parse(text.as_bytes()).expect("a manifest");
             serde_json::from_str(&text).expect("JSON")
         };

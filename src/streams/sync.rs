@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     filter::Filters,
-    import::{Offer, choose},
+    import::{Described, Offer, choose},
     tree::{Kept, root_of},
 };
 use crate::{
@@ -17,6 +17,7 @@ use crate::{
     names::Digest,
     progress::Progress,
     render::{Engine, blocking, now_secs, vouch::ManifestOrigin},
+    source,
     spec::{GoldenOptions, JobSpec},
     store::catalog::streams::StreamImage,
 };
@@ -206,10 +207,44 @@ impl Engine {
         }
     }
 
+    /// What the metadata beside a split image's root filesystem says. Fetched once: the image that this version is already remembers. Templates that are not
+    /// understood are left out, and the image says why; bytes that can't be had, or are others than the tree says, are errors. Blocking, on the runtime.
+    fn described(&self, config: &StreamConfig, offer: &Offer<'_>, root: &reqwest::Url) -> Result<Option<Described>> {
+        let Some(metadata) = &offer.metadata else { return Ok(None) };
+        let known = self.store.catalog.stream_images(config.name.as_str())?;
+        let same = |image: &&StreamImage| image.product == offer.item.product && image.version == offer.item.version;
+        if let Some(image) = known.iter().find(same)
+            && let Some(described) = Described::of_manifest(&self.image(&image.image_id)?.record.manifest)
+            && described.digest == metadata.digest
+        {
+            return Ok(Some(described));
+        }
+        let url = metadata.download.path.below(root)?.to_string();
+        let object = url.clone();
+        let descriptor = source::Descriptor { url, digest: Some(metadata.digest), size: metadata.download.size };
+        let path = self.store.tmp().join(format!("metadata-{}", uuid::Uuid::new_v4().simple()));
+        let fetched = tokio::runtime::Handle::current().block_on(self.fetcher.fetch(&descriptor, &path, &Progress::default()));
+        let opened =
+            fetched.and_then(|_| std::fs::File::open(&path).map_err(|error| Error::io(Stage::Fetch, object.as_str(), "open the metadata", error)));
+        // A transfer that failed may have left something or nothing.
+        let _gone = std::fs::remove_file(&path);
+        let digest = metadata.digest;
+        match self.launcher.lxd_metadata(&opened?, &object) {
+            Ok(said) => Ok(Some(Described { digest, lxd: said.get("lxd").cloned(), left_out: None })),
+            Err(error) if error.kind() == Kind::InvalidRequest => {
+                tracing::warn!(image = %offer.item.pedigree(), error = %error.chain(), "templates of an image are left out");
+                let why = error.chain().chars().filter(|c| !c.is_control()).take(400).collect();
+                Ok(Some(Described { digest, lxd: None, left_out: Some(why) }))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Catalogues an offer with its names; gives the image's id.
     fn import_offer(&self, config: &StreamConfig, offer: &Offer<'_>) -> Result<String> {
         let (root, _) = root_of(&config.url)?;
-        let manifest = offer.manifest(config.name.as_str(), &root)?;
+        let described = self.described(config, offer, &root)?;
+        let manifest = offer.manifest(config.name.as_str(), &root, described.as_ref())?;
         let (record, created) = self.create_image(self.vouch_manifest(&manifest, ManifestOrigin::Stream(config.name.as_str()))?, "", "")?;
         let now = now_secs();
         let stream = config.name.as_str();

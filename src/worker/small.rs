@@ -5,11 +5,12 @@
 //!  Unwrap       header of an encrypted tarball + identities ─▶ the key of this file
 //!  Verify       signature + keys, over the file on standard input or bytes that are passed ─▶ who signed
 //!  Clearsigned  document on standard input + keys ─▶ what is signed, and who signed
+//!  LxdMetadata  metadata tarball of Incus or LXD on standard input ─▶ its part of a manifest
 //! ```
 //!
 //! What comes back is a key of 16 bytes, a [`Signer`], or bytes that some signature is over. A process that was taken over by what it reads can lie in these,
 //! and no more: it has the identities and the operator's public keys, and nowhere to send them. What it says about a signer is compared with the keys that
-//! were given.
+//! were given; what it makes of metadata is checked as a manifest.
 
 use std::{
     fs::File,
@@ -29,6 +30,7 @@ use crate::{
     error::{Error, Result, Stage},
     fs::mounted::wire::receive,
     host::confine::{Limits, confine},
+    manifest::lxd,
     progress::Progress,
     trust::{
         Method, Signer,
@@ -37,6 +39,9 @@ use crate::{
         openpgp::{self, DOCUMENT_BYTES_MAX, Keyring},
     },
 };
+
+/// What is made of an image's metadata, bytes: 64 templates and as many sources.
+const METADATA_LEN_MAX: usize = 32 << 20;
 
 /// A question.
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,6 +62,8 @@ enum Task {
     Verify { object: String, method: Method, signature: usize, keys: usize, is_on_stdin: bool, now: SystemTime },
     /// Part: keyring.
     Clearsigned { object: String, now: SystemTime },
+    /// No part.
+    LxdMetadata { object: String },
 }
 
 /// An answer.
@@ -70,6 +77,8 @@ pub(super) enum Answer {
     Signed(Signer),
     /// Who signed; the payload is the frame's data.
     Payload(Signer),
+    /// JSON in the frame's data.
+    Described,
 }
 
 /// Keys of one kind that may vouch.
@@ -177,6 +186,17 @@ impl Launcher {
         }
     }
 
+    /// What the metadata tarball of an Incus or LXD image says, as [`lxd::import::tarball`] does, in a worker unless configured otherwise.
+    pub fn lxd_metadata(&self, tarball: &File, object: &str) -> Result<serde_json::Value> {
+        if self.settings.confine == Confine::Off {
+            return lxd::import::tarball(again(tarball, object)?, object);
+        }
+        match self.ask(Task::LxdMetadata { object: object.to_owned() }, &[], Some(tarball), METADATA_LEN_MAX)? {
+            (Answer::Described, json) => serde_json::from_slice(&json).map_err(|error| died("its answer can't be read").with_source(error)),
+            _ => Err(died("its answer is to another question")),
+        }
+    }
+
     /// Which layers of confinement this host does not give, in words; none when workers are not confined at all. Starts a process.
     pub fn missing_layers(&self) -> Result<Option<Vec<String>>> {
         if self.settings.confine == Confine::Off {
@@ -230,8 +250,10 @@ impl Conversation {
 
 /// The worker's side.
 pub(super) fn serve(job: &SmallJob, data: &[u8], stdin: File, daemon: &mut child::Daemon) -> Result<()> {
-    if matches!(job.task, Task::Unwrap { .. }) {
-        age::prepare();
+    match job.task {
+        Task::Unwrap { .. } => age::prepare(),
+        Task::LxdMetadata { .. } => child::prepare(false)?,
+        _ => {}
     }
     let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: 0 };
     let misdeed = job.misdeed.as_deref();
@@ -273,6 +295,7 @@ fn answer(task: &Task, data: &[u8], stdin: &File) -> Result<(Answer, Vec<u8>)> {
                 openpgp::clearsigned(&whole(stdin, object)?, &Keyring::parse(data, "keys")?, *now, object)?;
             Ok((Answer::Payload(signer), payload))
         }
+        Task::LxdMetadata { object } => Ok((Answer::Described, lxd::import::tarball(again(stdin, object)?, object)?.to_string().into_bytes())),
     }
 }
 
@@ -291,6 +314,10 @@ fn verify(keys: Vouching<'_>, signature: &[u8], signed: Signed<'_>, now: SystemT
         Vouching::Openpgp(ring) => openpgp::detached(signature, ring, now, object, &mut open),
         Vouching::Minisign(keys) => minisign::detached(signature, keys, now, object, &mut open),
     }
+}
+
+fn again(file: &File, object: &str) -> Result<File> {
+    file.try_clone().map_err(|error| Error::io(Stage::Manifest, object, "duplicate its descriptor", error))
 }
 
 fn whole(mut file: &File, object: &str) -> Result<Vec<u8>> {

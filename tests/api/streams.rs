@@ -17,7 +17,7 @@ use cloudletd::{
 use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::support::{Daemon, judge, spec, tarball};
+use crate::support::{Daemon, judge, member, spec, tarball};
 
 const CONTENT: &str = "com.example.cloud:released:download";
 const PRODUCT: &str = "com.example.cloud:server:12:amd64";
@@ -359,5 +359,65 @@ async fn a_product_is_matched_with_platforms_before_it_is_an_image() {
     let request = proto::MatchRequest { image: "debian/12".into(), platforms_json: PLATFORMS.into(), ..Default::default() };
     let matches = daemon.catalogue.r#match(request).await.expect("an answer").into_inner().matches;
     assert!(matches.iter().all(|found| !found.matches && found.boot_reasons[0].code == "KERNEL_NEEDED"), "{matches:?}");
+    daemon.stop().await;
+}
+
+/// A split image of Incus: metadata with one template, and the root filesystem beside it. `bytes`: what the tree says that the metadata is.
+fn split_product(tree: &Tree, template: &str, bytes: Option<&[u8]>) -> Value {
+    const METADATA: &str = "architecture: x86_64\ncreation_date: 1760000000\ntemplates:\n  /etc/motd:\n    when: [create]\n    template: motd.tpl\n";
+    let mut tar = tar::Builder::new(Vec::new());
+    member(&mut tar, "metadata.yaml", tar::EntryType::Regular, 0o644, METADATA.as_bytes());
+    member(&mut tar, "templates", tar::EntryType::Directory, 0o755, b"");
+    member(&mut tar, "templates/motd.tpl", tar::EntryType::Regular, 0o644, template.as_bytes());
+    let directory = tree.root.join("images");
+    fs::create_dir_all(&directory).expect("a directory");
+    let (plain, packed) = (directory.join("incus.tar"), directory.join("incus.tar.xz"));
+    fs::write(&plain, tar.into_inner().expect("a tarball")).expect("written");
+    judge("xz", &["--force", plain.to_str().expect("UTF-8")]);
+    fs::write(directory.join("rootfs.tar"), tarball()).expect("written");
+    let item = |ftype: &str, path: &str, bytes: &[u8]| json!({"ftype": ftype, "path": format!("images/{path}"), "sha256": Digest::of(bytes).hex(), "size": bytes.len()});
+    let real = fs::read(&packed).expect("xz made it");
+    let items =
+        json!({"incus.tar.xz": item("incus.tar.xz", "incus.tar.xz", bytes.unwrap_or(&real)), "root.tar": item("root.tar", "rootfs.tar", &tarball())});
+    json!({"debian:bookworm:amd64:default": {
+        "arch": "amd64", "os": "Debian", "release": "bookworm", "variant": "default", "aliases": "debian/12", "versions": {"20261104_05:24": {"items": items}}
+    }})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn templates_of_a_split_image_are_rendered_and_its_metadata_is_fetched_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let tree = Tree::new(dir.path());
+    tree.publish(MONDAY, split_product(&tree, "Welcome to {{ container.name }}\n", None));
+    let source = StreamConfig { filters: vec!["arch=amd64".into()], ..tree.source(SignaturePolicy::Signed, SyncMode::Catalogue) };
+    let mut daemon = Daemon::start_in(dir.path(), |config| config.streams = vec![source]).await;
+    let report = sync(&mut daemon).await.expect("synchronised");
+    assert!(report.skipped.is_empty(), "{report:?}");
+    let image = resolve(&mut daemon, "debian/bookworm").await.expect("named").image.and_then(|image| image.image).expect("an image");
+    let manifest: Value = serde_json::from_str(&image.manifest_json).expect("JSON");
+    assert_eq!(manifest["lxd"]["files"]["motd.tpl"], "Welcome to {{ container.name }}\n");
+    daemon.render("key", spec(&image.id, "web1", proto::VolumeFormat::Raw)).await;
+    let disk = daemon.dir.join("pool/web1.raw");
+    assert_eq!(crate::support::cat(disk.to_str().expect("UTF-8"), "/etc/motd"), "Welcome to web1\n");
+
+    // The image remembers; nobody asks for the bytes again.
+    fs::remove_file(tree.root.join("images/incus.tar.xz")).expect("removed");
+    let report = sync(&mut daemon).await.expect("synchronised");
+    assert_eq!((report.unchanged, report.imported.len(), report.skipped.len()), (1, 0, 0), "{report:?}");
+
+    // Templates that are not understood are left out, and the image says so.
+    tree.publish(TUESDAY, split_product(&tree, "{% for key in config %}{{ key }}{% endfor %}\n", None));
+    let report = sync(&mut daemon).await.expect("synchronised");
+    assert_eq!(report.imported.len(), 1, "{report:?}");
+    let known = daemon.images.list_images(proto::ListImagesRequest::default()).await.expect("a list").into_inner().images;
+    let other = known.iter().find(|image| image.id == report.imported[0]).expect("catalogued");
+    let manifest: Value = serde_json::from_str(&other.manifest_json).expect("JSON");
+    let why = manifest["x-simplestreams"]["templates_left_out"].as_str().expect("a reason");
+    assert!(manifest.get("lxd").is_none() && why.contains("motd.tpl") && why.contains("line 1"), "{manifest:#}");
+
+    // Bytes that are not those which the tree names are not read at all.
+    tree.publish("Wed, 04 Nov 2026 10:00:00 +0000", split_product(&tree, "x\n", Some(b"others")));
+    let report = sync(&mut daemon).await.expect("synchronised");
+    assert!(report.imported.is_empty() && report.skipped.iter().any(|skipped| skipped.why.contains("incus.tar.xz")), "{report:?}");
     daemon.stop().await;
 }

@@ -1,6 +1,12 @@
 //! From a tarball of LXD or Incus to a manifest: the metadata tarball of a split image, or a unified one with the root filesystem below `rootfs/`.
 
-use std::{cell::Cell, collections::BTreeMap, fs::File, io::Read, path::Path};
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    fs::File,
+    io::{Read, Seek},
+    path::Path,
+};
 
 use serde_json::{Map, Value, json};
 
@@ -27,19 +33,23 @@ pub const ROOTFS: &str = "/rootfs";
 ///
 /// `Kind::InvalidRequest`: no `metadata.yaml`, one that is not YAML, or templates that are not understood (`LXD_METADATA`, `TEMPLATE_SYNTAX`, …); errors of reading.
 pub fn file(path: &Path) -> Result<Value> {
-    let object = || path.display().to_string();
-    let failed = |doing: &'static str| move |error| Error::io(Stage::Manifest, path.display().to_string(), doing, error);
+    let object = path.display().to_string();
+    let file = File::open(path).map_err(|error| Error::io(Stage::Manifest, object.as_str(), "open the tarball", error))?;
+    tarball(file, &object)
+}
+
+/// The same of an open file, from its start.
+pub fn tarball(mut file: File, object: &str) -> Result<Value> {
     let mut first = Vec::with_capacity(decompress::DETECT_LEN);
-    let head = File::open(path).map_err(failed("open the tarball"))?;
-    head.take(decompress::DETECT_LEN as u64).read_to_end(&mut first).map_err(failed("read the tarball"))?;
-    let compression = Compression::detect(&first).ok_or_else(|| {
-        Error::new(Kind::InvalidRequest, Stage::Manifest, object(), "is neither a tar archive nor one compressed by gzip, xz, zstd or bzip2")
+    let head = file.rewind().and_then(|()| (&file).take(decompress::DETECT_LEN as u64).read_to_end(&mut first)).and_then(|_| file.rewind());
+    head.map_err(|error| Error::io(Stage::Manifest, object, "read the tarball", error))?;
+    let compression = Compression::detect(&first).filter(|compression| *compression != Compression::Squashfs).ok_or_else(|| {
+        Error::new(Kind::InvalidRequest, Stage::Manifest, object, "is neither a tar archive nor one compressed by gzip, xz, zstd or bzip2")
             .with_reason("ROOTFS_FORMAT_UNKNOWN")
     })?;
     let progress = Progress::default();
-    let input = File::open(path).map_err(failed("open the tarball"))?;
-    let mut input = decompress::open_with(Box::new(input), compression, decompress::Limits::default(), &progress)?;
-    read(&mut *input, &object(), &progress)
+    let mut input = decompress::open_with(Box::new(file), compression, decompress::Limits::default(), &progress)?;
+    read(&mut *input, object, &progress)
 }
 
 /// The same of an uncompressed archive; `object` is its name in errors.
