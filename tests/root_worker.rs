@@ -155,6 +155,17 @@ fn a_worker_that_makes_a_forbidden_call_is_killed_and_the_build_says_so() {
     }
 }
 
+/// Decoders of large archives have more threads than glibc has heaps before it asks the system for the number of processors.
+#[test]
+fn a_worker_with_many_threads_that_allocate_asks_for_no_file() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let tar = archive(dir.path());
+    let build = build(&launcher(Confine::Required).with_misdeed("many-threads"), &tar, None);
+    if let Err(error) = build.result {
+        panic!("{}", error.chain());
+    }
+}
+
 #[test]
 fn behind_the_filter_there_is_no_file_no_network_and_no_way_back_to_root() {
     let dir = tempfile::tempdir().expect("temporary directory");

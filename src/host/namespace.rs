@@ -38,6 +38,9 @@ use crate::{
     host::{command::SEARCH_PATH, sys},
 };
 
+/// What glibc's allocator (mallopt(3)) would find out by opening files, which ends a confined process: how many processors there are, when the ninth thread
+/// allocates (malloc/arena.c, arena_get2); whether memory is overcommitted, when a thread's heap shrinks (sysdeps/unix/sysv/linux/malloc-sysdep.h).
+const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "8"), ("MALLOC_TRIM_THRESHOLD_", "4611686018427387904")];
 /// How long an abandoned worker may take to unmount and go before it is killed.
 const ABANDON_GRACE: Duration = Duration::from_secs(10);
 
@@ -60,6 +63,7 @@ impl Worker {
         let (socket, theirs) = UnixStream::pair().map_err(|error| failed("make a socket pair", error))?;
         let mut command = Command::new(program);
         command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", SEARCH_PATH.join(":")).current_dir("/");
+        command.envs(ALLOCATOR);
         command.stdin(Stdio::from(stdin)).stdout(Stdio::from(OwnedFd::from(theirs))).process_group(0);
         sys::kill_with_parent(&mut command);
         let (started, wait_start) = mpsc::channel();

@@ -204,6 +204,7 @@ pub(super) mod misdeed {
             Some("fork") => libc::SYS_clone,
             Some("io_uring") => libc::SYS_io_uring_setup,
             Some("panic") => panic!("asked to"),
+            Some("many-threads") => return many_threads(),
             Some("memory") => {
                 let mut hoard: Vec<Vec<u8>> = Vec::new();
                 loop {
@@ -214,6 +215,20 @@ pub(super) mod misdeed {
         };
         let _survived = sys::forbidden_call(call);
         std::process::exit(77);
+    }
+
+    /// No misdeed: what decoders of large archives do. Each thread has memory of its own while all the others have.
+    fn many_threads() {
+        let barrier = std::sync::Barrier::new(40);
+        std::thread::scope(|scope| {
+            for _ in 0..40 {
+                scope.spawn(|| {
+                    let memory = vec![1u8; 1 << 16];
+                    barrier.wait();
+                    std::hint::black_box(&memory);
+                });
+            }
+        });
     }
 }
 
