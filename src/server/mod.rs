@@ -145,6 +145,12 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     }
     // Watches end with their renders; connections that stay open for nothing are dropped.
     let _ = tokio::time::timeout(Duration::from_secs(5), async { while tasks.join_next().await.is_some() {} }).await;
+    // Connections that ended this moment and work that was aborted in the middle of a blocking step have the store for a little longer.
+    let closed = engine.store.closed();
+    drop(engine);
+    if tokio::time::timeout(Duration::from_secs(5), closed).await.is_err() {
+        tracing::warn!("the store is still in use; its lock goes with the process");
+    }
     if let Some(path) = bound {
         let _ = fs::remove_file(path);
     }

@@ -32,6 +32,7 @@ use std::{
 };
 
 use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::watch;
 
 use crate::{
     error::{Error, Kind, Result, Stage},
@@ -46,6 +47,8 @@ pub struct Store {
     /// Held while a blob gets or loses its name.
     gate: Mutex<()>,
     _lock: Flock<File>,
+    /// Behind the lock, so that it goes after it.
+    opened: watch::Sender<()>,
 }
 
 impl Store {
@@ -68,7 +71,13 @@ impl Store {
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             Error::new(Kind::Busy, Stage::Store, dir.display().to_string(), "another cloudletd uses this state directory").with_source(errno)
         })?;
-        let store = Store { dir: dir.to_path_buf(), catalog: Catalog::open(&dir.join("catalog.sqlite"))?, gate: Mutex::new(()), _lock: lock };
+        let store = Store {
+            dir: dir.to_path_buf(),
+            catalog: Catalog::open(&dir.join("catalog.sqlite"))?,
+            gate: Mutex::new(()),
+            _lock: lock,
+            opened: watch::Sender::new(()),
+        };
         store.empty_tmp()?;
         Ok(store)
     }
@@ -76,6 +85,13 @@ impl Store {
     /// The state directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Ready when the store is dropped and its lock free: from then on another process may open it.
+    pub fn closed(&self) -> impl Future<Output = ()> + use<> {
+        let mut opened = self.opened.subscribe();
+        // Nothing is ever sent; it fails when the sender goes.
+        async move { while opened.changed().await.is_ok() {} }
     }
 
     /// Where unfinished things are written; on the same filesystem as everything else of the store.

@@ -206,6 +206,19 @@ async fn what_others_left_is_named_and_only_what_is_proven_ours_goes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_state_directory_of_a_stopped_daemon_is_free_at_once() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    for round in 0..20 {
+        let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
+        let image = daemon.image().await;
+        daemon.render(&format!("key{round}"), spec(&image, &format!("web{round}"), VolumeFormat::Qcow2Overlay)).await;
+        daemon.stores.backup_catalog(proto::BackupCatalogRequest { keep: 3 }).await.expect("backed up");
+        daemon.stop().await;
+        cloudletd::store::Store::open(&dir.path().join("state")).unwrap_or_else(|error| panic!("round {round}: {error:?}"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backup_put_in_the_place_of_a_damaged_catalogue_brings_everything_back() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let mut daemon = Daemon::start_in(dir.path(), |_| ()).await;
