@@ -4,6 +4,12 @@
 
 mod common;
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
 use common::{
     boot::{Firmware, Start, firmware_cmdline},
     daemon::Daemon,
@@ -121,6 +127,55 @@ fn systemd_boot_starts_the_images_kernel_and_then_what_kernel_install_wrote() {
     assert!(second.cmdline.starts_with("initrd=\\debian\\") && second.cmdline.contains(&format!("root=UUID={root}")), "{}", second.cmdline);
 }
 
+/// The fixture's tarball with a unified kernel image in it: systemd's stub with the fixture's own kernel and initrd, and this command line (systemd-stub(7)).
+#[track_caller]
+fn with_unified_kernel(fixture: &str, directory: &Path, cmdline: &str) -> PathBuf {
+    let run = |program: &str, args: &[&str]| {
+        let status = Command::new(program).args(args).status().unwrap_or_else(|error| panic!("{program} is needed: {error}"));
+        assert!(status.success(), "{program} {args:?}: {status}");
+    };
+    let text = |path: &Path| path.to_str().expect("test paths are UTF-8").to_owned();
+    let made = fixture::get(fixture);
+    let (tree, words, tarball) = (directory.join("tree"), directory.join("cmdline"), directory.join("uki.tar"));
+    fs::create_dir_all(tree.join("boot/efi/EFI/Linux")).expect("directories");
+    fs::write(&words, cmdline).expect("written");
+    let mut sections = Vec::new();
+    // Without the first systemd-boot does not list it.
+    for (name, file, at) in [
+        (".osrel", "/usr/lib/os-release".to_owned(), "0x20000"),
+        (".cmdline", text(&words), "0x30000"),
+        (".linux", text(&made.kernel), "0x2000000"),
+        (".initrd", text(&made.initrd), "0x3000000"),
+    ] {
+        sections.extend(["--add-section".to_owned(), format!("{name}={file}"), "--change-section-vma".to_owned(), format!("{name}={at}")]);
+    }
+    let stub = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub".to_owned();
+    sections.extend([stub, text(&tree.join("boot/efi/EFI/Linux/debian.efi"))]);
+    run("objcopy", &sections.iter().map(String::as_str).collect::<Vec<_>>());
+    run("zstd", &["--decompress", "--quiet", "--force", "-o", &text(&tarball), &text(&made.tarball)]);
+    run("tar", &["--append", "--file", &text(&tarball), "--directory", &text(&tree), "--owner=0", "--group=0", "boot/efi"]);
+    tarball
+}
+
+#[test]
+fn a_unified_kernel_image_starts_by_itself_and_by_the_images_systemd_boot() {
+    for (fixture, instance) in [("bookworm-ifupdown", "uki-1"), ("bookworm-sdboot-ifupdown", "uki-2")] {
+        let daemon = Daemon::start(PLATFORMS);
+        let cmdline = format!("root=LABEL=uki-root {}", firmware_cmdline(fixture, &FILES));
+        let tarball = with_unified_kernel(fixture, daemon.directory(), &cmdline);
+        // No kernel besides that GRUB could start.
+        let manifest = json!({
+            "rootfs": {"url": format!("file://{}", tarball.display())}, "filesystem": {"label": "uki-root"}, "disk": {"layout": "gpt"},
+            "volatile": ["/boot/(vmlinuz|initrd|config|System).*", "/(vmlinuz|initrd).*"]
+        });
+        let image = image(&daemon, fixture, &manifest);
+        let rendered = render(&daemon, &image, instance, "RAW", &json!({"platforms": ["uefi"]}));
+        let report = guest(fixture, rendered.disk()).start(Start::Firmware(Firmware::Uefi)).boot();
+        check(&report, &rendered, instance);
+        assert!(report.cmdline.contains("root=LABEL=uki-root"), "{}", report.cmdline);
+    }
+}
+
 #[track_caller]
 fn starts_by(daemon: &Daemon, fixture: &str, rendered: &Rendered, instance: &str, start: Start) {
     let root = rendered.root()["filesystem"]["uuid"].as_str().expect("the mapping has the root's UUID").to_owned();
@@ -130,7 +185,7 @@ fn starts_by(daemon: &Daemon, fixture: &str, rendered: &Rendered, instance: &str
     let kernel = &machine["machine"]["kernel"];
     if start == Start::Full {
         // The files that the daemon took out of the image, and the line that it gives with them but for what the harness adds itself.
-        assert_eq!(std::fs::read(kernel["kernel"].as_str().expect("a path")).ok(), std::fs::read(fixture::get(fixture).kernel).ok());
+        assert_eq!(fs::read(kernel["kernel"].as_str().expect("a path")).ok(), fs::read(fixture::get(fixture).kernel).ok());
         let line = kernel["cmdline"].as_str().expect("a command line");
         let own = firmware_cmdline(fixture, &FILES);
         cmdline = format!("{} rw", line.strip_suffix(&own).expect("the manifest's words come last").trim_end());
@@ -167,18 +222,18 @@ fn a_root_of_another_filesystem_starts(filesystem: &str) {
     let image = image(&daemon, FIXTURE, &manifest);
     let rendered = render(&daemon, &image, &instance, "RAW", &json!({"platforms": ["bios", "uefi", "direct"]}));
     assert_eq!(rendered.root()["filesystem"]["type"], filesystem, "{:#}", rendered.root());
-    for start in [Start::Firmware(Firmware::Bios), Start::Full] {
+    for start in [Start::Firmware(Firmware::Bios), Start::Firmware(Firmware::Uefi), Start::Full] {
         starts_by(&daemon, FIXTURE, &rendered, &instance, start);
     }
 }
 
 #[test]
-fn an_xfs_root_starts_by_bios_and_by_its_kernel() {
+fn an_xfs_root_starts_by_bios_by_uefi_and_by_its_kernel() {
     a_root_of_another_filesystem_starts("xfs");
 }
 
 #[test]
-fn a_btrfs_root_starts_by_bios_and_by_its_kernel() {
+fn a_btrfs_root_starts_by_bios_by_uefi_and_by_its_kernel() {
     a_root_of_another_filesystem_starts("btrfs");
 }
 
