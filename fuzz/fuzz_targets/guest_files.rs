@@ -3,31 +3,24 @@
 
 #![no_main]
 
-#[path = "../../tests/guest_trees/mod.rs"]
+#[path = "../../tests/common/guest_trees/mod.rs"]
 mod guest_trees;
 
-use std::{collections::BTreeSet, sync::OnceLock};
+use std::sync::OnceLock;
 
 use cloudletd::{
     error::Kind,
-    fs::{FsKind, edit::EditOp},
+    fs::edit::EditOp,
     guest::{
-        Inputs,
-        config::{InstanceConfig, Secret},
+        config::InstanceConfig,
         decode,
         facts::{GuestFacts, NodeKind},
-        fstab::RootMount,
-        identity::Identity,
-        inject,
     },
-    names::InstanceName,
     units::Timestamp,
 };
+use guest_trees::injection::{Given, KEY, injected, name, root_mount};
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;
-use uuid::Uuid;
-
-const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ me@example";
 
 fn trees() -> &'static [(&'static str, GuestFacts)] {
     static TREES: OnceLock<Vec<(&'static str, GuestFacts)>> = OnceLock::new();
@@ -37,7 +30,6 @@ fn trees() -> &'static [(&'static str, GuestFacts)] {
 fn config() -> &'static InstanceConfig {
     static CONFIG: OnceLock<InstanceConfig> = OnceLock::new();
     CONFIG.get_or_init(|| {
-        let name: InstanceName = "web1".parse().expect("a name");
         let document = json!({
             "hostname": "web1.example.com", "args": {"title": "t"}, "timezone": "Europe/Berlin",
             "authorized_keys": {"root": [KEY], "bob": [KEY]}, "users": [{"name": "bob", "full_name": "Bob", "groups": ["root"]}],
@@ -45,7 +37,7 @@ fn config() -> &'static InstanceConfig {
                 {"name": "eth0", "mac": "52:54:00:00:00:01", "addresses": ["192.0.2.10/24", "2001:db8::10/64"], "gateway4": "192.0.2.1"},
                 {"name": "eth1", "dhcp4": true}]}
         });
-        decode::from_value(&document, Some(&name)).expect("a configuration").config
+        decode::from_value(&document, Some(&name())).expect("a configuration").config
     })
 }
 
@@ -63,14 +55,10 @@ fuzz_target!(|bytes: &[u8]| {
     files[chosen].1.clone_from(&content.to_vec());
 
     let config = config();
-    let identity = Identity::derive(&Uuid::from_u128(1), &config.instance, Secret::new(vec![7; 32])).expect("an identity");
-    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4, mounts: Default::default() };
-    let none = BTreeSet::new();
-    let now = Timestamp { secs: 5, nanos: 0 };
-    let inputs = Inputs { facts: &facts, config, identity: &identity, claimed: &none, secret_args: &none, fstab_root: Some(&root), now };
-    match inject(&inputs) {
+    let given = Given { fstab_root: Some(root_mount()), now: Timestamp { secs: 5, nanos: 0 }, ..Given::default() };
+    match injected(&facts, config, &given) {
         Ok(injection) => {
-            assert_eq!(inject(&inputs).as_ref().ok(), Some(&injection), "the same input gives the same edits");
+            assert_eq!(injected(&facts, config, &given).as_ref().ok(), Some(&injection), "the same input gives the same edits");
             for edit in &injection.edits {
                 if let EditOp::WriteFile { content: written, .. } = &edit.op {
                     assert!(written.len() <= 4 * content.len() + 65536, "{} has {} bytes", edit.path, written.len());

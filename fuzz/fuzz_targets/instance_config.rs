@@ -3,7 +3,7 @@
 
 #![no_main]
 
-#[path = "../../tests/guest_trees/mod.rs"]
+#[path = "../../tests/common/guest_trees/mod.rs"]
 mod guest_trees;
 
 use std::{
@@ -12,14 +12,13 @@ use std::{
 };
 
 use cloudletd::{
-    fs::{FsKind, edit::EditOp},
-    guest::{Inputs, config::Secret, decode, facts::GuestFacts, fstab::RootMount, identity::Identity, inject},
-    names::InstanceName,
+    fs::edit::EditOp,
+    guest::{decode, facts::GuestFacts},
     units::Timestamp,
 };
+use guest_trees::injection::{Given, injected, name, root_mount};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
-use uuid::Uuid;
 
 fn trees() -> &'static [(&'static str, GuestFacts)] {
     static TREES: OnceLock<Vec<(&'static str, GuestFacts)>> = OnceLock::new();
@@ -53,8 +52,7 @@ fn is_control(c: char) -> bool {
 fuzz_target!(|bytes: &[u8]| {
     let Some((which, text)) = bytes.split_first() else { return };
     let (_, facts) = &trees()[usize::from(*which) % trees().len()];
-    let name: InstanceName = "web1".parse().expect("a name");
-    let decoded = match decode::from_json(text, (which & 0x80 == 0).then_some(&name)) {
+    let decoded = match decode::from_json(text, (which & 0x80 == 0).then(name).as_ref()) {
         Ok(decoded) => decoded,
         Err(error) => {
             assert!(!error.chain().chars().any(is_control), "{:?}", error.chain());
@@ -62,13 +60,11 @@ fuzz_target!(|bytes: &[u8]| {
         }
     };
     let config = decoded.config;
-    let identity = Identity::derive(&Uuid::from_u128(1), &config.instance, Secret::new(vec![7; 32])).expect("an identity");
-    let root = RootMount { source: "UUID=0000-1".into(), fs: FsKind::Ext4, mounts: Default::default() };
     let claimed = BTreeSet::from(["/etc/motd".to_owned()]);
     let secret_args = BTreeSet::from(["pin".to_owned()]);
     let now = Timestamp { secs: 5, nanos: 0 };
-    let inputs = Inputs { facts, config: &config, identity: &identity, claimed: &claimed, secret_args: &secret_args, fstab_root: Some(&root), now };
-    let injection = match inject(&inputs) {
+    let given = Given { claimed, secret_args, fstab_root: Some(root_mount()), now };
+    let injection = match injected(facts, &config, &given) {
         Ok(injection) => injection,
         Err(error) => {
             assert!(error.kind() != cloudletd::error::Kind::Internal, "{}", error.chain());
@@ -76,7 +72,7 @@ fuzz_target!(|bytes: &[u8]| {
             return;
         }
     };
-    assert_eq!(inject(&inputs).as_ref().ok(), Some(&injection), "the same input gives the same edits");
+    assert_eq!(injected(facts, &config, &given).as_ref().ok(), Some(&injection), "the same input gives the same edits");
     let document: Value = serde_json::from_slice(text).expect("it was decoded");
     let mut bad = Vec::new();
     bad_texts(&document, &mut bad);

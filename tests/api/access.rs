@@ -15,9 +15,9 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use crate::{
+use crate::common::{
     pki::Authority,
-    support::{Daemon, spec, volume},
+    server::{Daemon, spec, volume},
 };
 
 /// Messages as bytes, so that one client calls every method.

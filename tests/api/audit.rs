@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::{
+use crate::common::{
     pki::Authority,
-    support::{Daemon, spec, volume},
+    server::{Daemon, spec, volume},
 };
 
 fn lines(path: &Path) -> Vec<Value> {

@@ -5,7 +5,7 @@ use cloudletd::{
     units::MIB,
 };
 
-use crate::support::{Daemon, cat, judge, member, spec, tarball, volume};
+use crate::common::server::{Daemon, cat, judge, member, spec, tarball, volume};
 
 const MANIFEST: &str = r#"{
     "persistent": ["/var/lib/app"],
@@ -189,7 +189,7 @@ async fn devices_that_make_no_sense_are_refused_by_field() {
 async fn listed_golden_images_are_prepared_when_the_daemon_starts() {
     let dir = tempfile::tempdir().expect("a directory");
     let tarball = dir.path().join("small.tar");
-    std::fs::write(&tarball, crate::support::tarball()).expect("written");
+    std::fs::write(&tarball, crate::common::server::tarball()).expect("written");
     let manifest = dir.path().join("small.json");
     std::fs::write(&manifest, r#"{"name": "small", "entry_points": {"init": {}}}"#).expect("written");
     let prerender = cloudletd::config::Prerender {

@@ -4,7 +4,7 @@ use cloudletd::proto::{self, VolumeFormat};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::support::{Daemon, member, spec, tarball};
+use crate::common::server::{Daemon, member, spec, tarball};
 
 /// Fails when the pool or the store's tmp has anything in it.
 #[track_caller]

@@ -2,7 +2,7 @@
 
 use cloudletd::{names::Digest, proto};
 
-use crate::support::{Daemon, messages, spec, tarball};
+use crate::common::server::{Daemon, messages, spec, tarball};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_manifest_of_2010_works_unchanged_and_the_same_one_is_the_same_image() {
@@ -43,7 +43,7 @@ async fn an_image_with_volumes_is_not_deleted() {
     assert_eq!(status.code(), tonic::Code::FailedPrecondition);
     daemon
         .volumes
-        .delete_volume(proto::DeleteVolumeRequest { volume: Some(crate::support::volume("web1")), ..Default::default() })
+        .delete_volume(proto::DeleteVolumeRequest { volume: Some(crate::common::server::volume("web1")), ..Default::default() })
         .await
         .expect("deleted");
     daemon.images.delete_image(proto::DeleteImageRequest { image_id: image }).await.expect("deleted");

@@ -2,7 +2,7 @@
 
 use cloudletd::proto::{self, VolumeFormat};
 
-use crate::support::{Daemon, spec};
+use crate::common::server::{Daemon, spec};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_daemon_knows_everything_and_fails_what_was_interrupted() {

@@ -2,15 +2,15 @@
 
 mod access;
 mod audit;
+#[path = "../common/mod.rs"]
+mod common;
 mod devices;
 mod errors;
 mod images;
 mod lifecycle;
-mod pki;
 mod platforms;
 mod quotas;
 mod renders;
 mod store;
 mod streams;
-mod support;
 mod tls;

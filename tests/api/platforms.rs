@@ -10,7 +10,7 @@ use cloudletd::{
 };
 use tonic_types::StatusExt;
 
-use crate::support::{Daemon, spec, tarball, volume};
+use crate::common::server::{Daemon, spec, tarball, volume};
 
 const PLATFORMS: &str = r#"
     [[platform]]

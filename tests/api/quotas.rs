@@ -10,9 +10,9 @@ use cloudletd::{
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 
-use crate::{
+use crate::common::{
     pki::Authority,
-    support::{Daemon, spec, volume},
+    server::{Daemon, spec, volume},
 };
 
 /// A caller with a certificate.

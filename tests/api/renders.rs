@@ -2,7 +2,7 @@
 
 use cloudletd::proto::{self, VolumeFormat};
 
-use crate::support::{Daemon, cat, judge, member, spec, tarball};
+use crate::common::server::{Daemon, cat, judge, member, spec, tarball};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_file_format_gives_the_same_disk_with_the_configuration_inside() {
@@ -99,7 +99,7 @@ async fn two_hundred_renders_at_once_all_finish_and_nothing_is_left() {
     let goldens = daemon.renders.list_goldens(proto::ListGoldensRequest::default()).await.expect("a list").into_inner().goldens;
     assert_eq!(goldens.len(), 1, "two hundred asked, one was built");
     for index in 0..200 {
-        let request = proto::DeleteVolumeRequest { volume: Some(crate::support::volume(&format!("vm{index}"))), ..Default::default() };
+        let request = proto::DeleteVolumeRequest { volume: Some(crate::common::server::volume(&format!("vm{index}"))), ..Default::default() };
         assert!(daemon.volumes.delete_volume(request).await.expect("deleted").into_inner().deleted);
     }
     let left: Vec<_> = std::fs::read_dir(daemon.dir.join("pool")).expect("the pool").map(|entry| entry.expect("an entry").file_name()).collect();

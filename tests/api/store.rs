@@ -2,7 +2,7 @@
 
 use cloudletd::proto::{self, VolumeFormat, collect_garbage_request::Goal, create_lease_request::Object};
 
-use crate::support::{Daemon, judge, spec, volume};
+use crate::common::server::{Daemon, judge, spec, volume};
 
 /// Everything that may go, however young it is.
 fn everything(dry_run: bool) -> proto::CollectGarbageRequest {
@@ -246,7 +246,7 @@ async fn a_backup_put_in_the_place_of_a_damaged_catalogue_brings_everything_back
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_that_are_not_what_the_manifest_declares_are_refused_and_leave_nothing() {
     let mut daemon = Daemon::start().await;
-    let digest = daemon.upload(&crate::support::tarball()).await;
+    let digest = daemon.upload(&crate::common::server::tarball()).await;
     let more = format!(r#"{{"rootfs": {{"digest": "{digest}", "media_type": "application/zstd"}}}}"#);
     let image = daemon.image_of(&digest, &more).await;
     let started = daemon.start_render("key", spec(&image, "web1", VolumeFormat::Raw)).await.expect("accepted").render.expect("a render");

@@ -17,7 +17,7 @@ use cloudletd::{
 use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::support::{Daemon, judge, member, spec, tarball};
+use crate::common::server::{Daemon, judge, member, spec, tarball};
 
 const CONTENT: &str = "com.example.cloud:released:download";
 const PRODUCT: &str = "com.example.cloud:server:12:amd64";
@@ -168,7 +168,7 @@ async fn a_signed_tree_becomes_images_that_render_and_follow_their_channel() {
 
     daemon
         .volumes
-        .delete_volume(proto::DeleteVolumeRequest { volume: Some(crate::support::volume("web1")), ..Default::default() })
+        .delete_volume(proto::DeleteVolumeRequest { volume: Some(crate::common::server::volume("web1")), ..Default::default() })
         .await
         .expect("deleted");
     let report = sync(&mut daemon).await.expect("synchronised");
@@ -398,7 +398,7 @@ async fn templates_of_a_split_image_are_rendered_and_its_metadata_is_fetched_onc
     assert_eq!(manifest["lxd"]["files"]["motd.tpl"], "Welcome to {{ container.name }}\n");
     daemon.render("key", spec(&image.id, "web1", proto::VolumeFormat::Raw)).await;
     let disk = daemon.dir.join("pool/web1.raw");
-    assert_eq!(crate::support::cat(disk.to_str().expect("UTF-8"), "/etc/motd"), "Welcome to web1\n");
+    assert_eq!(crate::common::server::cat(disk.to_str().expect("UTF-8"), "/etc/motd"), "Welcome to web1\n");
 
     // The image remembers; nobody asks for the bytes again.
     fs::remove_file(tree.root.join("images/incus.tar.xz")).expect("removed");

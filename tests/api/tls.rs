@@ -11,9 +11,9 @@ use tonic::{
 
 use tonic_types::StatusExt;
 
-use crate::{
-    pki::{Authority, free_port},
-    support::Daemon,
+use crate::common::{
+    pki::Authority,
+    server::{Daemon, free_port},
 };
 
 async fn ask(endpoint: Endpoint) -> Result<(), String> {
@@ -52,7 +52,7 @@ async fn tcp_without_tls_needs_the_sentence() {
     config.listen.tcp_without_tls = Some("yes".to_owned());
     let error = config.checked().expect_err("yes is not the sentence");
     assert_eq!(error.violations()[0].field, "listen.tcp");
-    assert_eq!(crate::support::code_of(&error), Code::InvalidArgument);
+    assert_eq!(crate::common::server::code_of(&error), Code::InvalidArgument);
 }
 
 /// Calls until the answer is as wanted; a reload takes a second or two.

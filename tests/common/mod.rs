@@ -1,11 +1,16 @@
-//! What several integration tests share: booting guests, running the daemon, finding leaks.
+//! What several test programs share: daemons of their own or in this process, guests and trees, other people's servers and judges, finding leaks.
 //!
-//! Each test crate uses its own part of it.
-#![allow(dead_code, unused_imports, reason = "every test crate compiles this module and uses a part of it")]
+//! Each program uses its own part of it.
+#![allow(dead_code, unused_imports, reason = "every test program compiles this module and uses a part of it")]
 
 pub mod boot;
 pub mod daemon;
+pub mod e2fsck;
 pub mod fixture;
+pub mod guest_trees;
 pub mod leak;
+pub mod pki;
 pub mod pygrub;
 pub mod rig;
+pub mod server;
+pub mod sites;

@@ -24,7 +24,7 @@ use cloudletd::{
 };
 use tempfile::TempDir;
 
-use crate::e2fsck;
+use crate::common::e2fsck;
 
 /// The time that all edits stamp: 2031-01-01, with nanoseconds.
 pub const NOW: Timestamp = Timestamp { secs: 1_924_992_000, nanos: 123_456_789 };

@@ -30,7 +30,7 @@ use cloudletd::{
 };
 
 use crate::{
-    e2fsck,
+    common::e2fsck,
     support::{Image, Item, Model, dir, file, link, params, run, sparse, start, symlink},
 };
 

@@ -20,7 +20,7 @@ use cloudletd::{
     units::Timestamp,
 };
 
-use crate::e2fsck;
+use crate::common::e2fsck;
 
 /// An entry with its data.
 #[derive(Clone)]

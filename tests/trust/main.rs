@@ -1,0 +1,11 @@
+//! Signatures and encryption, from the parsers to what a daemon accepts.
+
+mod age;
+#[path = "../common/mod.rs"]
+mod common;
+mod journal;
+mod kit;
+mod minisign;
+mod openpgp;
+mod routes;
+mod sources;
