@@ -389,7 +389,10 @@ async fn templates_of_a_split_image_are_rendered_and_its_metadata_is_fetched_onc
     let dir = tempfile::tempdir().expect("a directory");
     let tree = Tree::new(dir.path());
     tree.publish(MONDAY, split_product(&tree, "Welcome to {{ container.name }}\n", None));
-    let source = StreamConfig { filters: vec!["arch=amd64".into()], ..tree.source(SignaturePolicy::Signed, SyncMode::Catalogue) };
+    let source = StreamConfig {
+        filters: vec!["arch=amd64".into(), "ftype~(root.tar|incus.tar.xz)".into()],
+        ..tree.source(SignaturePolicy::Signed, SyncMode::Catalogue)
+    };
     let mut daemon = Daemon::start_in(dir.path(), |config| config.streams = vec![source]).await;
     let report = sync(&mut daemon).await.expect("synchronised");
     assert!(report.skipped.is_empty(), "{report:?}");

@@ -16,7 +16,8 @@ use crate::{
     ext4::layout::{compat, corrupt, geometry::Geometry, get_u32, group::BLOCK_UNINIT, ino, put_u32},
 };
 
-/// How many times larger than it is made a grown filesystem can become by its descriptor table alone; the kernel goes on by meta_bg after that.
+/// How many times larger than it is made a grown filesystem can become by its descriptor table alone; the kernel goes on by meta_bg after that
+/// (`ext4_convert_meta_bg` in fs/ext4/resize.c, Linux 3.7).
 const ROOM: u32 = 16;
 
 /// Byte of the double-indirect pointer in `i_block`.
