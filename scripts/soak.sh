@@ -17,5 +17,5 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 [[ $EUID -eq 0 ]] || { echo "soak.sh: loop devices need root" >&2; exit 1; }
-CLOUDLETD_CRASH_MINUTES=$minutes cargo test --locked --profile "${CARGO_PROFILE:-ci}" --test crash -- --nocapture |
+CLOUDLETD_CRASH_MINUTES=$minutes cargo test --locked --profile "${CARGO_PROFILE:-checked}" --test crash -- --nocapture |
     grep --line-buffered --invert-match '^round '

@@ -28,23 +28,26 @@ shellcheck --shell=sh tests/common/boot/*.sh
 scripts/tools.sh
 step "protocol files"
 (cd proto && ../target/tools/node_modules/.bin/buf lint)
+# Made while the compiler works: they wait for the mirror and for dpkg.
+scratch=$(mktemp --directory)
+setsid scripts/fixtures.sh >"$scratch/fixtures" 2>&1 &
+fixtures=$!
+trap 'kill -- "-$fixtures" 2>/dev/null || true; rm --recursive --force "$scratch"' EXIT
 step "lints"
-# The same profile as the tests, so that build scripts and macros are built once.
-cargo clippy --locked --profile ci --all-targets -- --deny warnings
-step "root filesystems"
-scripts/fixtures.sh
+cargo clippy --locked --all-targets -- --deny warnings
 step "build"
-cargo test --locked --profile ci --no-run
-binary=${CARGO_TARGET_DIR:-target}/ci/cloudletd
+cargo test --locked --no-run
+binary=${CARGO_TARGET_DIR:-target}/debug/cloudletd
 step "configuration and units"
 "$binary" config check systemd/cloudletd.toml.example
 # The units name /usr/bin/cloudletd; verify wants the program to exist.
-units=$(mktemp --directory)
-trap 'rm --recursive --force "$units"' EXIT
-cp systemd/cloudletd.socket "$units"
-sed "s|/usr/bin/cloudletd|$(realpath "$binary")|" systemd/cloudletd.service >"$units/cloudletd.service"
-systemd-analyze verify --man=no "$units/cloudletd.service" "$units/cloudletd.socket"
+cp systemd/cloudletd.socket "$scratch"
+sed "s|/usr/bin/cloudletd|$(realpath "$binary")|" systemd/cloudletd.service >"$scratch/cloudletd.service"
+systemd-analyze verify --man=no "$scratch/cloudletd.service" "$scratch/cloudletd.socket"
 # The score that the unit's header states, times ten.
 systemd-analyze security --offline=yes --threshold=40 systemd/cloudletd.service >/dev/null
+step "root filesystems"
+wait "$fixtures" || { cat "$scratch/fixtures" >&2; exit 1; }
+cat "$scratch/fixtures"
 step "tests"
-cargo test --locked --profile ci --no-fail-fast
+cargo test --locked --no-fail-fast
