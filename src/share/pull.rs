@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -27,7 +27,7 @@ use crate::{
     names::Digest,
     progress::Progress,
     render::{Engine, blocking, golden, now_secs},
-    source::mirror::Health,
+    source::{mirror::Health, partial},
     store::{Store, digest, records::GoldenRecord, records::GoldenSpec, sync_dir},
     target::Pacer,
 };
@@ -367,15 +367,7 @@ pub(crate) fn forget_partial(store: &Store, key: &Digest) {
 fn open_partial(path: &Path, manifest: &GoldenManifest, progress: &Progress) -> Result<(File, Vec<Chunk>)> {
     let failed = |doing: &'static str| move |error| Error::io(Stage::Store, path.display().to_string(), doing, error);
     let size = manifest.spec.size_bytes;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(failed("open for what is pulled"))?;
+    let file = partial::open(path, Stage::Store)?;
     // Cut to nothing when it is something else.
     if file.metadata().map_err(failed("read its size"))?.len() != size {
         file.set_len(0).and_then(|()| file.set_len(size)).map_err(failed("set its size"))?;

@@ -22,7 +22,7 @@ mod file;
 mod http;
 pub mod mirror;
 pub mod mirrors_json;
-mod partial;
+pub(crate) mod partial;
 mod policy;
 mod resolver;
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The file a transfer goes into, and the digest of what is in it.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, TryLockError},
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -64,29 +64,7 @@ impl DigestWriter {
     }
 
     fn open(path: &Path, len_max: u64) -> Result<Self> {
-        let failed = |doing: &str, error| Error::io(Stage::Fetch, path.display().to_string(), doing, error);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(path)
-            .map_err(|error| failed("open for writing", error))?;
-        let mut attempt = 1;
-        while let Err(error) = file.try_lock() {
-            match error {
-                std::fs::TryLockError::WouldBlock if attempt < LOCK_ATTEMPTS => {
-                    attempt += 1;
-                    thread::sleep(LOCK_PAUSE);
-                }
-                std::fs::TryLockError::WouldBlock => {
-                    return Err(Error::new(Kind::Busy, Stage::Fetch, path.display().to_string(), "another transfer is writing this file"));
-                }
-                std::fs::TryLockError::Error(error) => return Err(failed("lock", error)),
-            }
-        }
+        let file = open(path, Stage::Fetch)?;
         Ok(DigestWriter { file, path: path.to_owned(), hash: Sha256::new(), len: 0, len_max })
     }
 
@@ -146,6 +124,35 @@ impl Write for DigestWriter {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Opens what an interrupted transfer may have left (made with mode 0600 when it is not there), locked: one transfer at a time writes a file. `Kind::Busy` when
+/// another one goes on doing so. Blocking.
+pub(crate) fn open(path: &Path, stage: Stage) -> Result<File> {
+    let failed = |doing: &str, error| Error::io(stage, path.display().to_string(), doing, error);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(|error| failed("open for writing", error))?;
+    let mut attempt = 1;
+    while let Err(error) = file.try_lock() {
+        match error {
+            TryLockError::WouldBlock if attempt < LOCK_ATTEMPTS => {
+                attempt += 1;
+                thread::sleep(LOCK_PAUSE);
+            }
+            TryLockError::WouldBlock => {
+                return Err(Error::new(Kind::Busy, stage, path.display().to_string(), "another transfer is writing this file"));
+            }
+            TryLockError::Error(error) => return Err(failed("lock", error)),
+        }
+    }
+    Ok(file)
 }
 
 /// More than is allowed, or more than was announced is said by the caller.
