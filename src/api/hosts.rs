@@ -10,7 +10,7 @@ use crate::{
     fs::FsKind,
     host::info::{Hypervisor, space},
     proto::{self, host_service_server::HostService},
-    render::{Engine, blocking},
+    render::{Engine, blocking, keys::KeyStatus},
     server::tls::{self, Certificates},
     target::{Place, Pool, VolumeFormat},
 };
@@ -30,6 +30,11 @@ fn tls_status(status: &tls::Status) -> proto::TlsStatus {
         loaded_at: Some(encode::timestamp(status.loaded)),
         reload_error: status.error.clone().unwrap_or_default(),
     }
+}
+
+fn key_status(engine: &Engine) -> Option<proto::KeyStatus> {
+    let KeyStatus { loaded, error } = engine.key_status()?;
+    Some(proto::KeyStatus { loaded_at: Some(encode::timestamp(loaded)), reload_error: error.unwrap_or_default() })
 }
 
 fn confinement(engine: &Engine) -> proto::Confinement {
@@ -140,6 +145,7 @@ impl HostService for Hosts {
                 renders_queued,
                 tls,
                 confinement: Some(confinement(&engine)),
+                keys: key_status(&engine),
             })
         });
         Ok(Response::new(response.await?))

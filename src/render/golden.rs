@@ -153,7 +153,8 @@ impl Engine {
             let begun = std::time::Instant::now();
             engine.store.catalog.touch_blob(fetched.golden.rootfs, now_secs())?;
             engine.verify_blob(fetched.golden.rootfs)?;
-            let record = build(&engine.store, &fetched, &engine.launcher, &engine.pacer, &progress)?;
+            let launcher = engine.launcher.clone().with_identities(engine.keys.identities());
+            let record = build(&engine.store, &fetched, &launcher, &engine.pacer, &progress)?;
             engine.mark_verified(record.key);
             tracing::info!(golden = %record.key.hex(), image = %record.image_id, used_bytes = record.built.used_bytes, ms = begun.elapsed().as_millis() as u64, "golden image built");
             crate::share::pull::forget_partial(&engine.store, &key);

@@ -34,6 +34,7 @@ pub mod flight;
 pub mod golden;
 pub mod inject;
 pub mod jobs;
+pub mod keys;
 mod machine;
 pub mod plan;
 pub mod prerender;
@@ -72,7 +73,7 @@ use crate::{
         Pool,
         pace::{self, Pacer},
     },
-    trust::{SIGNATURE_BYTES_MAX, age::Identities, policy::Policy},
+    trust::SIGNATURE_BYTES_MAX,
     worker::Launcher,
 };
 
@@ -100,8 +101,7 @@ pub struct Engine {
     kernels: SuppliedKernels,
     /// For signatures: the same sources, little patience for large files.
     signature_fetcher: Fetcher,
-    /// Whose signatures are required.
-    trust: Policy,
+    keys: keys::Keys,
     host: Mutex<Option<(Instant, Arc<HostInfo>)>>,
     loaded: Mutex<Vec<Arc<LoadedGolden>>>,
     pub(crate) fetches: Flights<String>,
@@ -149,8 +149,7 @@ impl Engine {
         let small = source::Config { size_max: SIGNATURE_BYTES_MAX as u64, mirrors: of_anybody, ..fetching.clone() };
         let signature_fetcher = Fetcher::new(small)?;
         let fetcher = Arc::new(Fetcher::new(fetching)?);
-        let trust = Policy::new(&config.trust)?;
-        let identities = Identities::read(&config.age.identities)?;
+        let keys = keys::Keys::load(&config)?;
         let share = crate::share::State::new(&config.share, &fetcher)?;
         Ok(Arc::new(Engine {
             store,
@@ -158,7 +157,7 @@ impl Engine {
             fetcher,
             kernels: SuppliedKernels::new(config.kernels.iter().map(KernelConfig::source).collect()),
             signature_fetcher,
-            trust,
+            keys,
             host: Mutex::new(None),
             loaded: Mutex::new(Vec::new()),
             fetches: Flights::default(),
@@ -179,9 +178,20 @@ impl Engine {
             pacer: Arc::new(Pacer::new(Some(config.limits.write_bandwidth.0), pace::BURST_BYTES_DEFAULT, config.limits.io_priority)),
             streams: Default::default(),
             layers: Mutex::new(None),
-            launcher: Launcher::new(&config.worker).with_identities(identities),
+            launcher: Launcher::new(&config.worker),
             config,
         }))
+    }
+
+    /// Reads the files of trusted keys and identities again. Blocking.
+    pub fn reload_keys(&self) {
+        self.keys.reload(&self.config);
+    }
+
+    /// Since when the keys are in force; nothing where none are configured.
+    pub fn key_status(&self) -> Option<keys::KeyStatus> {
+        let has_none = self.config.trust.is_empty() && self.config.age.identities.is_empty();
+        (!has_none).then(|| self.keys.status())
     }
 
     /// What the host is, at most [`HOST_INFO_AGE_MAX`] old: finding out starts a process per tool. Blocking.

@@ -65,23 +65,21 @@ fn stream_place(name: &str) -> String {
 }
 
 impl Engine {
-    fn required_of(&self, image: &ImageRecord) -> Result<Option<&Required>> {
-        match &image.rootfs_url {
-            Some(url) => self.trust.required(url),
-            None => Ok(self.trust.required_of_uploads()),
-        }
-    }
-
     /// Whether the tarball's source owes a signature that was not verified yet, or was by a key that is not trusted any more. Blocking.
     pub(super) fn owes_signature(&self, image: &ImageRecord) -> Result<bool> {
-        let Some(required) = self.required_of(image)? else { return Ok(false) };
+        let trust = self.keys.trust();
+        let required = match &image.rootfs_url {
+            Some(url) => trust.required(url)?,
+            None => trust.required_of_uploads(),
+        };
+        let Some(required) = required else { return Ok(false) };
         let Some(digest) = &image.rootfs_digest else { return Ok(true) };
         Ok(!self.store.catalog.signer(digest, place(image))?.is_some_and(|signer| required.trusts(&signer)))
     }
 
     /// [`Engine::owes_signature`] after the same question about the manifest, which is refused (`SIGNATURE_MISSING`) when the answer is yes.
     pub(super) async fn check_vouched(self: &Arc<Self>, image: &ImageRecord) -> Result<bool> {
-        if self.trust.is_empty() {
+        if self.keys.trust().is_empty() {
             return Ok(false);
         }
         let (engine, image) = (Arc::clone(self), image.clone());
@@ -93,7 +91,8 @@ impl Engine {
     }
 
     fn check_manifest_vouched(&self, image: &ImageRecord) -> Result<()> {
-        let Some(required) = self.trust.required_of_manifests() else { return Ok(()) };
+        let trust = self.keys.trust();
+        let Some(required) = trust.required_of_manifests() else { return Ok(()) };
         let digest = Digest::of(image.manifest.as_bytes());
         if self.store.catalog.signer(&digest, MANIFEST)?.is_some_and(|signer| required.trusts(&signer)) {
             return Ok(());
@@ -109,7 +108,8 @@ impl Engine {
 
     /// The signature beside a tarball; none when nobody requires one. What can't be had is `SIGNATURE_MISSING`, unless trying again may help.
     pub(super) async fn fetch_signature(&self, url: &str, progress: &Progress) -> Result<Option<Vec<u8>>> {
-        let Some(required) = self.trust.required(url)? else { return Ok(None) };
+        let trust = self.keys.trust();
+        let Some(required) = trust.required(url)? else { return Ok(None) };
         let mut first = None;
         for url in required.signature_urls(url) {
             match self.fetch_small(&url, progress).await {
@@ -142,7 +142,8 @@ impl Engine {
 
     /// Verifies what `url` owes over the file `path` with this digest, and notes who signed. Blocking.
     pub(super) fn vouch(&self, signature: Option<&[u8]>, url: &str, path: &Path, digest: &Digest) -> Result<()> {
-        let Some(required) = self.trust.required(url)? else { return Ok(()) };
+        let trust = self.keys.trust();
+        let Some(required) = trust.required(url)? else { return Ok(()) };
         let signature = signature.ok_or_else(|| Refusal::Missing.error(url, "a signature is required for this source"))?;
         self.note(self.verify_file(required, signature, path, url)?, digest, url)
     }
@@ -166,7 +167,8 @@ impl Engine {
 
     /// Verifies what an uploaded tarball owes, before it gets its place. Blocking.
     pub fn vouch_upload(&self, signature: &[u8], path: &Path, digest: &Digest) -> Result<()> {
-        let Some(required) = self.trust.required_of_uploads() else { return Ok(()) };
+        let trust = self.keys.trust();
+        let Some(required) = trust.required_of_uploads() else { return Ok(()) };
         if signature.is_empty() {
             return Err(Refusal::Missing.error("upload", "uploaded tarballs owe a signature").with_violation("header.signature", "is required"));
         }
@@ -190,7 +192,8 @@ impl Engine {
 
     /// Verifies what a manifest owes before it is parsed, and notes who signed. Blocking.
     pub fn vouch_manifest<'t>(&self, text: &'t str, origin: ManifestOrigin<'_>) -> Result<VouchedManifest<'t>> {
-        let required = self.trust.required_of_manifests();
+        let trust = self.keys.trust();
+        let required = trust.required_of_manifests();
         let digest = Digest::of(text.as_bytes());
         match (origin, required) {
             (ManifestOrigin::Stream(name), required) => self.vouch_of_stream(name, &digest, required.is_some())?,

@@ -73,7 +73,7 @@ pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> R
     let certificates = config.listen.tls.as_ref().map(Certificates::load).transpose()?;
     let interval = config.listen.tls.as_ref().map_or(0, |tls| tls.reload_interval_secs);
     let audit = Audit::open(&config.audit)?;
-    let reloading = reload::watch(certificates.clone(), audit.clone(), interval)?;
+    let reloading = reload::watch(Arc::clone(&engine), certificates.clone(), audit.clone(), interval)?;
     raise_file_limit();
     let door = Door::new(Arc::clone(&rules), config.listen.max_connections);
     let (unix, bound) = unix_listener(&config.listen.unix, rules.let_others_in())?;

@@ -4,7 +4,7 @@
 //! compared as places ([`super::place`]), so that no spelling of one steps around its rule. No rule: a digest is all that is asked for. A rule that
 //! requires a signature is never fulfilled by the absence of one (failures.md, 31): what can't be fetched, read or verified is refused.
 //!
-//! Keys are read once, when the daemon starts; a file that is missing or holds no key keeps it from starting. What a key vouched for is believed for as
+//! A file that is missing or holds no key keeps the daemon from starting, and from taking what has changed since. What a key vouched for is believed for as
 //! long as the same key, with the same expiry and without a revocation, is in the configuration.
 
 use std::{fs::File, io::Read, path::Path};

@@ -102,8 +102,8 @@ impl Launcher {
 
     /// Encrypted tarballs are opened by these.
     #[must_use]
-    pub fn with_identities(self, identities: Identities) -> Self {
-        Launcher { identities: Arc::new(identities), ..self }
+    pub fn with_identities(self, identities: Arc<Identities>) -> Self {
+        Launcher { identities, ..self }
     }
 
     /// Workers are `program`: for tests and benchmarks, whose own program is not the daemon.

@@ -1,11 +1,6 @@
 //! Encrypted tarballs, made by Debian's age: opened for the build and by nothing else, refused by name when they can't be.
 
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
 use crate::common::server::{self, Daemon, judge, tarball};
 use cloudletd::{
@@ -20,24 +15,7 @@ use cloudletd::{
     worker::{Launcher, Signed, Vouching},
 };
 
-use crate::kit::{Gpg, Minisign};
-
-/// Makes an identity; its file, and the recipient.
-fn identity(dir: &Path, name: &str) -> (PathBuf, String) {
-    let path = dir.join(name);
-    judge("age-keygen", &["-o", path.to_str().expect("text")]);
-    let text = fs::read_to_string(&path).expect("written");
-    let recipient = text.lines().find_map(|line| line.strip_prefix("# public key: ")).expect("age-keygen says it").to_owned();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("chmod");
-    (path, recipient)
-}
-
-/// Encrypts a file beside itself.
-fn encrypt(path: &Path, options: &[&str]) -> PathBuf {
-    let to = path.with_extension("age");
-    judge("age", &[options, &["-o", to.to_str().expect("text"), path.to_str().expect("text")]].concat());
-    to
-}
+use crate::kit::{Gpg, Minisign, encrypt, identity};
 
 async fn outcome(daemon: &mut Daemon, path: &Path, name: &str, media_type: Option<&str>) -> Result<(), (String, String)> {
     let bytes = fs::read(path).expect("there");

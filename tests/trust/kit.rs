@@ -1,12 +1,16 @@
-//! Other people's signing tools, each with a home of its own: GnuPG, minisign.
+//! Other people's tools: GnuPG and minisign, each with a home of its own, and age.
 
 use std::{
+    fs,
     io::Write,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use tempfile::TempDir;
+
+use crate::common::server::judge;
 
 /// GnuPG with a key ring of its own. The agent ends with it.
 pub struct Gpg {
@@ -152,4 +156,21 @@ impl Minisign {
         self.run(&[options, &["-S", "-s", secret.to_str().expect("text"), "-m", path]].concat());
         std::fs::read(format!("{path}.minisig")).expect("minisign wrote it")
     }
+}
+
+/// Makes an identity; its file, and the recipient.
+pub fn identity(dir: &Path, name: &str) -> (PathBuf, String) {
+    let path = dir.join(name);
+    judge("age-keygen", &["-o", path.to_str().expect("text")]);
+    let text = fs::read_to_string(&path).expect("written");
+    let recipient = text.lines().find_map(|line| line.strip_prefix("# public key: ")).expect("age-keygen says it").to_owned();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("chmod");
+    (path, recipient)
+}
+
+/// Encrypts a file beside itself.
+pub fn encrypt(path: &Path, options: &[&str]) -> PathBuf {
+    let to = path.with_extension("age");
+    judge("age", &[options, &["-o", to.to_str().expect("text"), path.to_str().expect("text")]].concat());
+    to
 }

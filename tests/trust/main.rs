@@ -7,5 +7,6 @@ mod journal;
 mod kit;
 mod minisign;
 mod openpgp;
+mod reload;
 mod routes;
 mod sources;
