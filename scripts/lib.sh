@@ -58,9 +58,11 @@ volume_ref() {
     jq --null-input --compact-output --arg pool "${1%%/*}" --arg name "${1#*/}" '{pool: $pool, name: $name}'
 }
 
-# A size such as 20G in bytes.
+# A size such as 20G or 20GiB in bytes.
 bytes() { # SIZE
-    numfmt --from=iec -- "${1^^}" || die "$1 is not a size (see --help)"
+    local size=${1^^}
+    [[ $size != *[KMGT]IB ]] || size=${size%IB}
+    numfmt --from=iec -- "$size" 2>/dev/null || die "$1 is not a size such as 20G or 20GiB"
 }
 
 # A list of devices, JSON, with one more.

@@ -112,7 +112,7 @@ fn an_image_becomes_a_volume_and_goes_away_again() {
 
     let volumes = daemon.script_ok("list-volumes.sh", &["--pool", "default"]);
     assert!(volumes.contains("default/web-1") && volumes.contains("qcow2_overlay"), "{volumes}");
-    let again = ["--image", image, "--instance", "web-1", "--format", "qcow2-overlay", "--size", "6G", "--replace"];
+    let again = ["--image", image, "--instance", "web-1", "--format", "qcow2-overlay", "--size", "6GiB", "--replace"];
     let further = ["--device", "data:64M:/srv/data", "--device", "swap:64M"];
     let replaced = daemon.script_ok("render.sh", &[&again[..], &further[..]].concat());
     assert!(replaced.contains("succeeded"), "{replaced}");
