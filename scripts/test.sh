@@ -25,14 +25,14 @@ while read -r script; do
 done < <(find scripts .ci -type f ! -name '*.py' ! -name '*.c')
 find scripts .ci -type f ! -name '*.py' ! -name '*.c' -print0 | xargs --null shellcheck --external-sources --source-path=.
 shellcheck --shell=sh tests/common/boot/*.sh
-scripts/tools.sh
 step "protocol files"
+scripts/tools.sh buf
 (cd proto && ../target/tools/node_modules/.bin/buf lint)
-# Made while the compiler works: they wait for the mirror and for dpkg.
+# Made while the compiler works: they wait for mirrors and for dpkg.
 scratch=$(mktemp --directory)
-setsid scripts/fixtures.sh >"$scratch/fixtures" 2>&1 &
-fixtures=$!
-trap 'kill -- "-$fixtures" 2>/dev/null || true; rm --recursive --force "$scratch"' EXIT
+setsid bash -c 'scripts/tools.sh && scripts/fixtures.sh' >"$scratch/made" 2>&1 &
+making=$!
+trap 'kill -- "-$making" 2>/dev/null || true; rm --recursive --force "$scratch"' EXIT
 step "lints"
 cargo clippy --locked --all-targets -- --deny warnings
 step "build"
@@ -46,8 +46,8 @@ sed "s|/usr/bin/cloudletd|$(realpath "$binary")|" systemd/cloudletd.service >"$s
 systemd-analyze verify --man=no "$scratch/cloudletd.service" "$scratch/cloudletd.socket"
 # The score that the unit's header states, times ten.
 systemd-analyze security --offline=yes --threshold=40 systemd/cloudletd.service >/dev/null
-step "root filesystems"
-wait "$fixtures" || { cat "$scratch/fixtures" >&2; exit 1; }
-cat "$scratch/fixtures"
+step "tools and root filesystems"
+wait "$making" || { cat "$scratch/made" >&2; exit 1; }
+cat "$scratch/made"
 step "tests"
 cargo test --locked --no-fail-fast
