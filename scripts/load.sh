@@ -6,4 +6,4 @@
 set -euo pipefail
 [[ ${1:-} != --help ]] || { sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-cargo test --locked --profile checked --test load -- --nocapture | sed --quiet 's/^.*load: //p'
+cargo test --locked --release --test load -- --nocapture | sed --quiet 's/^.*load: //p'
