@@ -169,8 +169,8 @@ proptest! {
     fn no_text_at_all_gets_out_of_its_place(path in select(hostile_paths()), tree in 0..TREES.len(), before in "\\PC{0,3}", odd in any::<char>(), after in "[ -~]{0,4}") {
         let value = format!("{before}{odd}{after}\nINJECTED");
         let on_one_line = value.replace('\n', "");
-        // A name may well be one.
-        let harmless = on_one_line.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+        // A name may well be one, a locale's modifier included: `x@INJECTED`.
+        let harmless = on_one_line.chars().all(|c| c.is_ascii_alphanumeric() || "-._@".contains(c));
         for value in [value.as_str(), &on_one_line].into_iter().take(if harmless { 1 } else { 2 }) {
             if let Ok(config) = document(&path, Some(value)) && let Ok(injection) = try_with(&TREES[tree].1, &config) {
                 check_written(&injection, &format!("{}: {path} = {value:?}", TREES[tree].0));

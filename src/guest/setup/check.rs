@@ -134,11 +134,12 @@ pub(crate) fn check_file(file: &InjectedFile, add: &mut dyn FnMut(&str, String))
 /// A word that needs no quotes in any file it goes to, and leads nowhere as part of a path.
 fn check_word(text: &str, more: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || more.contains(c);
-    let parts_are_names = text.split('/').all(|part| !part.is_empty() && !part.starts_with(['.', '-']));
+    let parts_are_names = text.split('/').all(|part| part.starts_with(|c: char| c.is_ascii_alphanumeric()));
     if text.len() <= 64 && text.chars().all(allowed) && parts_are_names {
         return Ok(());
     }
-    Err(format!("{:?} must have 1 to 64 letters, digits or any of {more:?}", text.chars().take(64).collect::<String>()))
+    let shown: String = text.chars().take(64).collect();
+    Err(format!("{shown:?} must have 1 to 64 letters, digits or any of {more:?}, and begin with a letter or digit"))
 }
 
 fn check_account(field: &str, user: &UserSetup, add: &mut dyn FnMut(String, String)) {
