@@ -39,7 +39,7 @@ fuzz_target!(|bytes: &[u8]| {
             for entry in mirrors_json::parse(bytes).unwrap_or_default() {
                 let path = match &entry.leads {
                     Leads::Mirror { url, path } => {
-                        assert!(url.starts_with("http"), "{url}");
+                        assert!(url.starts_with("http://") || url.starts_with("https://"), "{url}");
                         path
                     }
                     Leads::Document(path) => path,

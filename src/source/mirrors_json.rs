@@ -103,10 +103,12 @@ fn entry(content_id: &str, raw: RawEntry) -> Result<Entry, String> {
     let leads = match raw.mirror {
         Some(url) => {
             let parsed = policy::parse(&url).map_err(|error| error.to_string())?;
-            if !matches!(parsed.scheme(), "http" | "https") || parsed.query().is_some() || !parsed.username().is_empty() {
-                return Err(format!("the mirror {url:?} is not an http or https URL without user and query"));
+            let is_more = parsed.query().is_some() || parsed.fragment().is_some() || !parsed.username().is_empty() || parsed.password().is_some();
+            if is_more || !matches!(parsed.scheme(), "http" | "https") {
+                return Err(format!("the mirror {url:?} is not an http or https URL without user, query and fragment"));
             }
-            Leads::Mirror { url, path }
+            // As it will be asked for: paths are put behind it.
+            Leads::Mirror { url: parsed.into(), path }
         }
         None if !path.is_empty() => Leads::Document(path),
         None => return Err("an entry has neither mirror nor path".into()),
@@ -165,6 +167,8 @@ mod tests {
         let mirrors = parse(MIRRORS.as_bytes()).expect("mirrors");
         assert_eq!(mirrors.len(), 3);
         assert_eq!(mirrors[1].leads, Leads::Mirror { url: "http://two.example/".into(), path: "streams/v1/agents.json".into() });
+        let lenient = parse(MIRRORS.replace("http://two.example/", "Http:\\\\two.example").as_bytes()).expect("a URL as browsers take it");
+        assert_eq!(lenient[1].leads, mirrors[1].leads);
         assert!(mirrors[0].is_for("anywhere", "") && mirrors[1].is_for("r", "https://e") && !mirrors[1].is_for("r", "https://f"));
     }
 
@@ -192,6 +196,7 @@ mod tests {
             &list(r#"{"path": "http://elsewhere/x"}"#),
             &list(r#"{"mirror": "file:///etc"}"#),
             &list(r#"{"mirror": "http://user:pw@host/"}"#),
+            &list(r#"{"mirror": "http://host/#there"}"#),
             &list(r#"{"mirror": 7}"#),
             &list(r#"{"mirror": "http://a/", "clouds": "all"}"#),
         ] {
