@@ -13,7 +13,7 @@ use cloudletd::{
     proto::{self, VolumeFormat},
 };
 
-use crate::rig::Rig;
+use crate::{common::leak::loop_devices, rig::Rig};
 
 const MIB: u64 = 1 << 20;
 
@@ -24,17 +24,6 @@ fn tool(program: &str, arguments: &[&str]) -> String {
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {arguments:?}: {}\n{text}", output.status);
     text
-}
-
-/// Attached loop devices and their backing files.
-pub fn loop_devices() -> Vec<(String, String)> {
-    let mut devices = Vec::new();
-    for entry in fs::read_dir("/sys/block").expect("read /sys/block").flatten() {
-        if let Ok(backing) = fs::read_to_string(entry.path().join("loop/backing_file")) {
-            devices.push((entry.file_name().to_string_lossy().into_owned(), backing.trim_end().to_owned()));
-        }
-    }
-    devices
 }
 
 /// A digest over the files of an ext4 filesystem, without times: paths, types, modes, contents. e2fsck has to be content, and qemu-img with its container.

@@ -4,6 +4,8 @@
 //!
 //! `CLOUDLETD_CRASH_SEED` repeats a campaign; `CLOUDLETD_CRASH_KILLS` (default 200) or `CLOUDLETD_CRASH_MINUTES` make it longer (scripts/soak.sh).
 
+#[path = "../common/mod.rs"]
+mod common;
 mod faults;
 mod judge;
 mod rig;

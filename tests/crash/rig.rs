@@ -21,6 +21,8 @@ use cloudletd::{
 use tokio::{net::UnixStream, runtime::Runtime};
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::common::{leak::loop_devices, server::tarball_with};
+
 const MIB: u64 = 1 << 20;
 /// How long anything may take before the test calls it lost.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -86,7 +88,8 @@ impl Rig {
         let device = LoopDevice::attach(&file, &backing, &Options::persistent()).expect("attach").keep();
         fs::create_dir_all(root.join("by-id")).expect("directory");
         std::os::unix::fs::symlink(&device, root.join("by-id/vm-disk")).expect("link");
-        fs::write(root.join("rootfs.tar"), tarball()).expect("write");
+        // Without an SSH server no keys are drawn: two renders of one instance hold the same.
+        fs::write(root.join("rootfs.tar"), tarball_with(&[("etc/fstab", 0o644, b"# nothing yet\n")], 1)).expect("write");
         let config = format!(
             "state_dir = {:?}\n[listen]\nunix = {:?}\n[fetch]\nfile_roots = [{:?}]\n[golden]\nsize = \"24 MiB\"\n[limits]\nmemory_reserve = 0\n\
              [[pool]]\nname = \"files\"\nkind = \"directory\"\npath = {:?}\n[[pool]]\nname = \"devices\"\nkind = \"devices\"\npath = {:?}\nallow = [\"vm-*\"]\n",
@@ -245,7 +248,7 @@ impl Rig {
         let status = self.daemon.take().expect("runs").wait().expect("waited");
         assert!(status.success(), "{status}:\n{}", self.log());
         loops::detach(&self.device).expect("detached");
-        for (name, backing) in crate::judge::loop_devices() {
+        for (name, backing) in loop_devices() {
             assert!(!backing.starts_with(self.directory.path().to_str().expect("text")), "{name} is left on {backing}");
         }
     }
@@ -258,7 +261,7 @@ impl Drop for Rig {
             let _ = child.wait();
         }
         // A failed campaign leaves no devices behind.
-        for (name, backing) in crate::judge::loop_devices() {
+        for (name, backing) in loop_devices() {
             if backing.starts_with(&*self.directory.path().to_string_lossy()) {
                 let _ = Command::new("losetup").args(["--detach", &format!("/dev/{name}")]).status();
             }
@@ -271,40 +274,4 @@ impl Drop for Rig {
             }
         }
     }
-}
-
-/// A Debian-shaped tree without an SSH server, so that no keys are drawn: two renders of one instance hold the same.
-fn tarball() -> Vec<u8> {
-    let mut tar = tar::Builder::new(Vec::new());
-    let mut member = |path: &str, kind: tar::EntryType, mode: u32, content: &[u8]| {
-        let mut header = tar::Header::new_ustar();
-        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
-        header.set_entry_type(kind);
-        header.set_mode(mode);
-        header.set_mtime(1_700_000_000);
-        header.set_size(content.len() as u64);
-        header.set_cksum();
-        tar.append(&header, content).expect("append");
-    };
-    for dir in ["etc", "etc/network", "etc/init.d", "root", "usr", "usr/sbin", "usr/bin", "var", "var/lib", "sbin", "tmp"] {
-        member(dir, tar::EntryType::Directory, 0o755, b"");
-    }
-    let noise: Vec<u8> = (0..512u32 << 10).map(|index| (index.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    for (path, mode, content) in [
-        ("etc/hostname", 0o644, &b"image\n"[..]),
-        ("etc/hosts", 0o644, b"127.0.0.1\tlocalhost\n"),
-        ("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/bash\n"),
-        ("etc/shadow", 0o640, b"root:*:19000:0:99999:7:::\n"),
-        ("etc/group", 0o644, b"root:x:0:\n"),
-        ("etc/os-release", 0o644, b"ID=debian\nVERSION_ID=\"12\"\n"),
-        ("etc/fstab", 0o644, b"# nothing yet\n"),
-        ("etc/network/interfaces", 0o644, b"auto lo\niface lo inet loopback\n"),
-        ("etc/init.d/networking", 0o755, b"#!/bin/sh\n"),
-        ("etc/machine-id", 0o444, b""),
-        ("usr/sbin/ifup", 0o755, b"\x7fELF"),
-        ("usr/bin/program", 0o755, &noise),
-    ] {
-        member(path, tar::EntryType::Regular, mode, content);
-    }
-    tar.into_inner().expect("a tarball")
 }
