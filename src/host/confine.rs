@@ -14,6 +14,9 @@
 //! later inherit all of it. What stays is: the descriptors that are open, memory, threads, time, random numbers, and the sockets among the descriptors.
 //!
 //! seccomp is the wall; the rest is what an attacker finds behind it should the kernel's filter or its list be wrong.
+//!
+//! A process that is confined as a fork server ([`ForkServer`]) reads nothing foreign itself. Its filter lets it make children by fork(2), take
+//! descriptors and end children; each child gives that up ([`ForkServer::become_reader`]) and then has the filter of every other reader.
 
 use std::{collections::BTreeMap, io, path::Path};
 
@@ -21,12 +24,15 @@ use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetSt
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
-    unistd::{Gid, Uid, chdir, geteuid, getpid, pivot_root, setgroups, setresgid, setresuid},
+    unistd::{Gid, Pid, Uid, chdir, geteuid, getpid, getppid, pivot_root, setgroups, setresgid, setresuid},
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use seccompiler::{BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule};
 
-use crate::error::{Error, Result, Stage};
+use crate::{
+    error::{Error, Result, Stage},
+    host::sys,
+};
 
 /// User and group `nobody` and `nogroup` on Debian, and the kernel's overflow ids everywhere: they own nothing.
 const NOBODY: u32 = 65534;
@@ -55,13 +61,52 @@ pub struct Confined {
 
 /// Confines this process for good. An error means that it may be confined by half: it has to end without reading anything.
 pub fn confine(limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
+    confine_by(&filters(Role::Reader)?, limits, before_filter)
+}
+
+/// A process that is confined and makes readers. It was counted to have one thread when this was made; who has it makes no other.
+#[derive(Debug)]
+pub struct ForkServer {
+    confined: Confined,
+}
+
+impl ForkServer {
+    /// Confines this process.
+    pub fn confine(limits: Limits) -> Result<ForkServer> {
+        confine_by(&filters(Role::ForkServer)?, limits, || {}).map(|confined| ForkServer { confined })
+    }
+
+    /// What was done.
+    pub fn confined(&self) -> &Confined {
+        &self.confined
+    }
+
+    /// Makes a child, which dies with this process: its process id here, nothing there.
+    pub fn fork(&self) -> io::Result<Option<Pid>> {
+        let server = getpid();
+        let child = sys::fork(self)?;
+        if child.is_none() {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            // It may have died before the line above; then the signal would never come.
+            if getppid() != server {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+        }
+        Ok(child)
+    }
+
+    /// Makes the child a reader. It has to have closed what it inherited and must not see; on an error it has to end.
+    pub fn become_reader(self) -> Result<()> {
+        install(&filters(Role::Reader)?)
+    }
+}
+
+fn confine_by(filters: &[BpfProgram], limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
     let object = "confinement";
     let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Error::io(Stage::Host, object, "count threads", error))?.count();
     if threads != 1 {
         return Err(Error::internal(Stage::Host, object, format!("a process with {threads} threads can't be confined")));
     }
-    // The filters are compiled while memory and files are to be had.
-    let filters = filters()?;
     let mut confined = Confined::default();
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
         confined.missing.push(format!("to be ended first when memory runs out: {error}"));
@@ -76,11 +121,15 @@ pub fn confine(limits: Limits, before_filter: impl FnOnce()) -> Result<Confined>
     rustix::thread::set_no_new_privs(true).map_err(|errno| Error::io(Stage::Host, object, "give up privileges", errno.into()))?;
     deny_files(&mut confined)?;
     before_filter();
-    for filter in filters {
-        seccompiler::apply_filter(&filter)
-            .map_err(|error| Error::internal(Stage::Host, object, "install the system call filter").with_source(error))?;
-    }
+    install(filters)?;
     Ok(confined)
+}
+
+fn install(filters: &[BpfProgram]) -> Result<()> {
+    filters.iter().try_for_each(|filter| {
+        seccompiler::apply_filter(filter)
+            .map_err(|error| Error::internal(Stage::Host, "confinement", "install the system call filter").with_source(error))
+    })
 }
 
 fn limit(limits: Limits) -> rustix::io::Result<()> {
@@ -195,6 +244,19 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_getrandom,
 ];
 
+/// What a fork server may call beside: to take descriptors, watch its children and end them.
+const ALLOWED_TO_FORK_SERVER: &[libc::c_long] =
+    &[libc::SYS_recvmsg, libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal, libc::SYS_waitid, libc::SYS_getppid];
+
+/// What a process may become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// It reads foreign bytes.
+    Reader,
+    /// It makes readers.
+    ForkServer,
+}
+
 /// Any of these in the flags of clone(2) makes a namespace.
 const CLONE_NAMESPACES: u64 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
@@ -216,7 +278,7 @@ enum Wanted {
 }
 
 /// The filters in the order they are installed; the kernel takes the strictest answer of all.
-fn filters() -> Result<Vec<BpfProgram>> {
+fn filters(role: Role) -> Result<Vec<BpfProgram>> {
     let refuse = filter([(libc::SYS_clone3, Vec::new())].into(), SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     let executable = libc::PROT_EXEC as u64;
@@ -242,6 +304,17 @@ fn filters() -> Result<Vec<BpfProgram>> {
     // Duplicates for threads, and whether a descriptor is what it should be; never a change of flags or owners.
     let commands = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL];
     rules.insert(libc::SYS_fcntl, commands.into_iter().map(|command| rule(&[Wanted::Is(1, command as u64)])).collect::<Result<_>>()?);
+    if role == Role::ForkServer {
+        rules.extend(ALLOWED_TO_FORK_SERVER.iter().map(|call| (*call, Vec::new())));
+        let fork = (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD) as u64;
+        // A child may make threads as any reader may, so this filter can't forbid it.
+        rules.entry(libc::SYS_clone).or_default().push(rule(&[Wanted::Is(0, fork)])?);
+        // What a child does before it is a reader: the parent-death signal, and the filter with what seccompiler sets before it. Each has a process id of its own.
+        let options = [libc::PR_SET_NAME, libc::PR_SET_PDEATHSIG, libc::PR_SET_NO_NEW_PRIVS];
+        rules.insert(libc::SYS_prctl, options.into_iter().map(|option| rule(&[Wanted::Is(0, option as u64)])).collect::<Result<_>>()?);
+        rules.insert(libc::SYS_seccomp, vec![rule(&[Wanted::Is(0, u64::from(libc::SECCOMP_SET_MODE_FILTER))])?]);
+        rules.insert(libc::SYS_tgkill, Vec::new());
+    }
     let permit = filter(rules, SeccompAction::KillProcess, SeccompAction::Allow)?;
     Ok(vec![refuse, permit])
 }
@@ -274,7 +347,9 @@ mod tests {
 
     #[test]
     fn the_filters_compile_for_this_machine_and_no_dangerous_call_is_in_them() {
-        assert!(filters().expect("compiles").iter().all(|program| !program.is_empty()));
+        for role in [Role::Reader, Role::ForkServer] {
+            assert!(filters(role).expect("compiles").iter().all(|program| !program.is_empty()), "{role:?}");
+        }
         for call in [
             libc::SYS_openat,
             libc::SYS_openat2,

@@ -66,6 +66,7 @@ impl Worker {
         command.envs(ALLOCATOR);
         command.stdin(Stdio::from(stdin)).stdout(Stdio::from(OwnedFd::from(theirs))).process_group(0);
         sys::kill_with_parent(&mut command);
+        sys::inherit_nothing(&mut command);
         let (started, wait_start) = mpsc::channel();
         let (end, ended) = mpsc::channel();
         // The parent-death signal comes when the *thread* that made the child ends; this one waits for the child, whatever becomes of the caller's.

@@ -206,10 +206,40 @@ pub fn kill_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(prepare) };
 }
 
+/// Lets the child that `command` will start have its standard descriptors only, whatever was left open in this process without close-on-exec.
+pub fn inherit_nothing(command: &mut Command) {
+    let prepare = || {
+        // SAFETY: close_range(2) takes numbers and touches no memory; the descriptors stay open until exec. Before Linux 5.11 it refuses the flag (EINVAL, or
+        // ENOSYS before 5.9), and the child has what its parent was given: no reason not to start. Neither nix nor rustix has it.
+        let _older = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec and makes one plain system call. std has no safe way to close what it did not open.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// A copy of this process (`fork(2)`): its id in the parent, nothing in the child.
+pub fn fork(_one_thread: &super::confine::ForkServer) -> io::Result<Option<nix::unistd::Pid>> {
+    // SAFETY: after fork the child of a process with several threads may make async-signal-safe calls only, because locks of the others stay locked. A fork
+    // server was counted to have one thread when it was confined, and makes none: it waits, takes descriptors and forks. No crate offers a safe fork.
+    Ok(match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { child } => Some(child),
+        nix::unistd::ForkResult::Child => None,
+    })
+}
+
+/// Whether a descriptor of this number is open, for workers of tests.
+#[cfg(debug_assertions)]
+pub fn is_open(number: i32) -> bool {
+    // SAFETY: F_GETFD (fcntl(2)) takes a number and touches no memory; a number that is no descriptor is EBADF. Safe wrappers want a descriptor that is open.
+    (unsafe { libc::fcntl(number, libc::F_GETFD) }) >= 0
+}
+
 /// Makes a system call with all arguments 0, for workers of tests that are to be killed for it. Nothing that is asked for does anything with them.
 #[cfg(debug_assertions)]
 pub fn forbidden_call(number: libc::c_long) -> io::Result<()> {
-    // SAFETY: every call named by the worker's tests (openat, socket, execve, ptrace, mount, kill, clone, io_uring_setup, setuid) refuses or ignores null
+    // SAFETY: every call named by the worker's tests (openat, socket, execve, ptrace, mount, kill, clone, io_uring_setup, setuid, recvmsg,
+    // pidfd_open) refuses or ignores null
     // pointers and zeros; clone with no flags and no stack is fork. No crate makes calls by number.
     nix::errno::Errno::result(unsafe { libc::syscall(number, 0, 0, 0, 0, 0, 0) })?;
     Ok(())

@@ -15,7 +15,7 @@ use std::{
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::{
-    SUBCOMMAND, archive, failed, guest, small,
+    PASSED_MAX, SUBCOMMAND, archive, failed, fork_server, guest,
     wire::{Job, LOADERS_BYTES_MAX, Reply, Request, WireError},
 };
 use crate::{
@@ -54,6 +54,16 @@ pub(super) struct Daemon {
 }
 
 impl Daemon {
+    pub(super) fn over(socket: UnixStream) -> Result<Daemon> {
+        let clone = socket.try_clone().map_err(failed("take the socket"))?;
+        Ok(Daemon { from: BufReader::new(socket), to: BufWriter::new(clone) })
+    }
+
+    /// The socket itself, when what was read of it has been taken.
+    pub(super) fn into_socket(self) -> UnixStream {
+        self.from.into_inner()
+    }
+
     pub(super) fn request(&mut self) -> Result<Option<(Request, Vec<u8>)>> {
         match receive(&mut self.from, LOADERS_BYTES_MAX).map_err(failed("receive"))? {
             Some((Some(request), data)) => Ok(Some((request, data))),
@@ -80,14 +90,14 @@ fn serve() -> Result<()> {
     let socket = io::stdout().as_fd().try_clone_to_owned().map(UnixStream::from).map_err(failed("take the socket"))?;
     let blob = io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(failed("take the tarball"))?;
     // Before anything is buffered: descriptors come beside the first byte.
-    let disk = Arc::new(File::from(passed(&socket)?));
-    let clone = socket.try_clone().map_err(failed("take the socket"))?;
-    let mut daemon = Daemon { from: BufReader::new(socket), to: BufWriter::new(clone) };
+    let disk = passed(&socket)?.and_then(|descriptors| descriptors.into_iter().next());
+    let disk = File::from(disk.ok_or_else(|| Error::internal(Stage::Host, SUBCOMMAND, "the disk's descriptor was not passed"))?);
+    let mut daemon = Daemon::over(socket)?;
     let (job, data) = match daemon.request()? {
         Some((Request::Fill(job), data)) => (job, data),
         Some((Request::Tree(job), data)) => return archive::serve(&job, &data, blob, daemon),
         Some((Request::Study(job), _)) => return guest::serve(&job, daemon),
-        Some((Request::Small(job), data)) => return small::serve(&job, &data, blob, &mut daemon),
+        Some((Request::Readers { memory_bytes }, _)) => return fork_server::serve(memory_bytes, &disk, daemon),
         Some(_) => return Err(Error::internal(Stage::Host, SUBCOMMAND, "a conversation starts with a job")),
         None => return Ok(()),
     };
@@ -101,7 +111,7 @@ fn serve() -> Result<()> {
     daemon.reply(&Reply::Confined { missing: confined.missing })?;
     misdeed::behind_the_filter(job.misdeed.as_deref());
     let daemon = Arc::new(Mutex::new(daemon));
-    let result = work(&job, &data, blob, disk, &daemon);
+    let result = work(&job, &data, blob, Arc::new(disk), &daemon);
     let reply = match result {
         Ok(filled) => Reply::Done(Box::new(filled)),
         Err(error) => Reply::Failed(WireError::from(&error)),
@@ -119,18 +129,19 @@ pub(super) fn prepare(is_encrypted: bool) -> Result<()> {
     volatile.matches(&GuestPath::root()).map(drop)
 }
 
-fn passed(socket: &UnixStream) -> Result<OwnedFd> {
+/// The descriptors that come beside one byte; nothing when the other end has closed.
+pub(super) fn passed(socket: &UnixStream) -> Result<Option<Vec<OwnedFd>>> {
     let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
     let mut message = RecvAncillaryBuffer::new(&mut space);
-    recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::CMSG_CLOEXEC)
-        .map_err(|errno| failed("take the disk")(errno.into()))?;
-    let mut descriptors = message.drain().filter_map(|message| match message {
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::CMSG_CLOEXEC)
+        .map_err(|errno| failed("take descriptors")(errno.into()))?;
+    let descriptors = message.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
         _ => None,
     });
-    let disk = descriptors.by_ref().flatten().next();
-    disk.ok_or_else(|| Error::internal(Stage::Host, SUBCOMMAND, "the disk's descriptor was not passed"))
+    let descriptors = descriptors.flatten().collect();
+    Ok((received.bytes > 0).then_some(descriptors))
 }
 
 fn work(job: &Job, data: &[u8], blob: File, disk: Arc<File>, daemon: &Arc<Mutex<Daemon>>) -> Result<Filled> {
@@ -203,6 +214,12 @@ pub(super) mod misdeed {
             Some("kill") => libc::SYS_kill,
             Some("fork") => libc::SYS_clone,
             Some("io_uring") => libc::SYS_io_uring_setup,
+            Some("recvmsg") => libc::SYS_recvmsg,
+            Some("pidfd") => libc::SYS_pidfd_open,
+            Some("hang") => loop {
+                std::thread::sleep(std::time::Duration::from_secs(1));
+            },
+            Some("descriptors") => std::process::exit(100 + open_descriptors()),
             Some("panic") => panic!("asked to"),
             Some("many-threads") => return many_threads(),
             Some("memory") => {
@@ -215,6 +232,11 @@ pub(super) mod misdeed {
         };
         let _survived = sys::forbidden_call(call);
         std::process::exit(77);
+    }
+
+    /// No misdeed: how many descriptors a process has.
+    fn open_descriptors() -> i32 {
+        (0..64).filter(|number| sys::is_open(*number)).count() as i32
     }
 
     /// No misdeed: what decoders of large archives do. Each thread has memory of its own while all the others have.

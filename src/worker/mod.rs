@@ -17,7 +17,8 @@
 //! If the worker dies (a forbidden system call: SIGSYS; memory: SIGABRT or SIGKILL; a panic: status 101) the build fails with reason `WORKER_DIED` and the
 //! caller removes what was begun. Cancelling kills it. It dies with the daemon (parent-death signal).
 //!
-//! Small jobs, a process each (`small`): signatures and signed documents, headers of encrypted tarballs. A guest's filesystem (`guest`): its process has not
+//! Small jobs (`small`): signatures and signed documents, headers of encrypted tarballs. Each is done by a process of its own all the same, a child of the
+//! fork server (`fork_server`), which is started once and reads nothing. A guest's filesystem (`guest`): its process has not
 //! even the volume open.
 //!
 //! Not here, and why:
@@ -32,7 +33,9 @@
 
 mod archive;
 mod child;
+mod fork_server;
 mod guest;
+mod readers;
 mod small;
 mod wire;
 
@@ -51,11 +54,14 @@ use std::{
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use self::wire::{Job, Reply, Request};
 pub use self::{
     child::main,
     guest::Study,
     small::{Signed, Vouching},
+};
+use self::{
+    readers::Readers,
+    wire::{Job, Reply, Request},
 };
 use crate::{
     config::worker::{Confine, Worker as Settings},
@@ -79,6 +85,10 @@ use crate::{
 pub const SUBCOMMAND: &str = "worker";
 /// How often a waiting daemon looks whether the job was cancelled, and how far it is.
 const POLL: Duration = Duration::from_millis(50);
+/// How long the answer to a small job may take; a process that has none by then is killed by the fork server, which sees that nobody waits for it.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Descriptors that are passed at a time.
+const PASSED_MAX: usize = 2;
 /// How long the rest of an answer may take: it is in memory, but the machine may be busy.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a worker may take to end after its last answer.
@@ -91,13 +101,16 @@ pub struct Launcher {
     settings: Settings,
     identities: Arc<Identities>,
     misdeed: Option<String>,
+    readers: Arc<Readers>,
+    /// How long the answer to a small job may take.
+    patience: Duration,
 }
 
 impl Launcher {
     /// Workers are this program, started again.
     pub fn new(settings: &Settings) -> Self {
         let program = settings.program.clone().unwrap_or_else(|| "/proc/self/exe".into());
-        Launcher { program, settings: settings.clone(), identities: Arc::default(), misdeed: None }
+        Launcher { program, settings: settings.clone(), identities: Arc::default(), misdeed: None, readers: Arc::default(), patience: ANSWER_TIMEOUT }
     }
 
     /// Encrypted tarballs are opened by these.
@@ -109,7 +122,13 @@ impl Launcher {
     /// Workers are `program`: for tests and benchmarks, whose own program is not the daemon.
     #[must_use]
     pub fn with_program(self, program: impl Into<PathBuf>) -> Self {
-        Launcher { program: program.into(), ..self }
+        Launcher { program: program.into(), readers: Arc::default(), ..self }
+    }
+
+    /// An answer to a small job may take so long, and what reading its file takes.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Launcher { patience, ..self }
     }
 
     /// Workers do what no worker may do, once they are confined: for the test that shows what becomes of them. A daemon built without debug assertions
@@ -157,6 +176,7 @@ impl Brake for InProcess {
 }
 
 /// Talking to a worker.
+#[derive(Debug)]
 struct Conversation {
     from: BufReader<UnixStream>,
     to: BufWriter<UnixStream>,
@@ -175,20 +195,35 @@ fn died(why: impl Into<String>) -> Error {
         .with_hint("SIGSYS means a forbidden system call, SIGABRT or SIGKILL most often memory (worker.memory_max); the journal has more")
 }
 
+/// What became of a process that gave no answer.
+fn death(signal: Option<i32>, code: Option<i32>) -> Error {
+    match (signal, code) {
+        (Some(libc::SIGSYS), _) => died("was killed for a system call that it may not make (SIGSYS)"),
+        (Some(signal), _) => died(format!("was killed by signal {signal}")),
+        (None, Some(code)) => died(format!("ended with exit status: {code} without an answer")),
+        (None, None) => died("ended without an answer"),
+    }
+}
+
+/// Sends descriptors, at most [`PASSED_MAX`], beside one byte.
+fn pass<'d>(socket: &UnixStream, descriptors: impl IntoIterator<Item = BorrowedFd<'d>>) -> std::io::Result<()> {
+    let descriptors: Vec<_> = descriptors.into_iter().collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
+    let mut message = SendAncillaryBuffer::new(&mut space);
+    if !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(std::io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    sendmsg(socket, &[IoSlice::new(&[0])], &mut message, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
 impl Conversation {
     fn start(program: &Path, stdin: &File, disk: BorrowedFd<'_>) -> Result<Self> {
         let blob = stdin.try_clone().map_err(failed("duplicate the tarball's descriptor"))?;
         let worker = Worker::spawn(program, &[SUBCOMMAND], blob.into())?;
         let clone = || worker.socket().try_clone().map_err(failed("duplicate its socket"));
         let (from, to) = (BufReader::new(clone()?), BufWriter::new(clone()?));
-        let descriptors = [disk];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut message = SendAncillaryBuffer::new(&mut space);
-        if !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-            return Err(Error::internal(Stage::Host, SUBCOMMAND, "one descriptor does not fit where one was to fit"));
-        }
-        sendmsg(worker.socket(), &[IoSlice::new(&[0])], &mut message, SendFlags::NOSIGNAL)
-            .map_err(|errno| failed("pass the disk's descriptor")(errno.into()))?;
+        pass(worker.socket(), [disk]).map_err(failed("pass the disk's descriptor"))?;
         Ok(Conversation { from, to, worker, missing: Vec::new() })
     }
 
@@ -221,6 +256,20 @@ impl Conversation {
                 Ok(None) => return Err(died("ended without an answer")),
                 Err(error) => return Err(died("its answer can't be read").with_source(error)),
             }
+        }
+    }
+
+    /// The layers that the worker is confined without, when that is the only answer that is due.
+    fn confined(&mut self) -> Result<Vec<String>> {
+        self.set_timeout(FRAME_TIMEOUT)?;
+        match receive(&mut self.from, 0) {
+            Ok(Some((Some(Reply::Confined { missing }), _))) => {
+                self.note_missing(missing);
+                Ok(std::mem::take(&mut self.missing))
+            }
+            Ok(Some((Some(Reply::Failed(error)), _))) => Err(error.into_error()),
+            Ok(_) => Err(died("ended without an answer")),
+            Err(error) => Err(died("its answer can't be read").with_source(error)),
         }
     }
 
@@ -267,11 +316,7 @@ impl Conversation {
         drop((from, to));
         let died_itself = error.reason() == "WORKER_DIED";
         match worker.abort(if died_itself { EXIT_TIMEOUT } else { Duration::ZERO }) {
-            Ok(status) if died_itself => match status.signal() {
-                Some(libc::SIGSYS) => died("was killed for a system call that it may not make (SIGSYS)"),
-                Some(signal) => died(format!("was killed by signal {signal}")),
-                None => died(format!("ended with {status} without an answer")),
-            },
+            Ok(status) if died_itself => death(status.signal(), status.code()),
             Ok(_) => error,
             Err(failure) => error.with_cleanup_failure(failure),
         }

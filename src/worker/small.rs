@@ -1,11 +1,11 @@
-//! Small jobs: one question about foreign bytes, one answer. Not worth a process when they come by the hundred; these come once per tarball or document.
+//! Small jobs: one question about foreign bytes, one answer, by a process that the fork server makes for it.
 //!
 //! ```text
 //!  Probe        nothing ─▶ that a process can be confined here
 //!  Unwrap       header of an encrypted tarball + identities ─▶ the key of this file
-//!  Verify       signature + keys, over the file on standard input or bytes that are passed ─▶ who signed
-//!  Clearsigned  document on standard input + keys ─▶ what is signed, and who signed
-//!  LxdMetadata  metadata tarball of Incus or LXD on standard input ─▶ its part of a manifest
+//!  Verify       signature + keys, over the file or the bytes that are passed ─▶ who signed
+//!  Clearsigned  document in the file + keys ─▶ what is signed, and who signed
+//!  LxdMetadata  metadata tarball of Incus or LXD in the file ─▶ its part of a manifest
 //! ```
 //!
 //! What comes back is a key of 16 bytes, a [`Signer`], or bytes that some signature is over. A process that was taken over by what it reads can lie in these,
@@ -15,23 +15,19 @@
 use std::{
     fs::File,
     io::{BufReader, Read, Seek, SeekFrom},
-    os::fd::AsFd,
     time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Conversation, Launcher, POLL, child, died,
-    wire::{Reply, Request, WireError},
+    Launcher, child, died,
+    wire::{Reply, WireError},
 };
 use crate::{
     config::worker::Confine,
     error::{Error, Result, Stage},
-    fs::mounted::wire::receive,
-    host::confine::{Limits, confine},
     manifest::lxd,
-    progress::Progress,
     trust::{
         Method, Signer,
         age::{self, FILE_KEY_LEN, FileKey, Identities},
@@ -46,20 +42,19 @@ const METADATA_LEN_MAX: usize = 32 << 20;
 /// A question.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SmallJob {
-    task: Task,
-    memory_bytes: u64,
-    misdeed: Option<String>,
+    pub task: Task,
+    pub misdeed: Option<String>,
 }
 
 /// What is asked; the frame's data are the parts whose lengths are named, one after the other.
 #[derive(Debug, Serialize, Deserialize)]
-enum Task {
+pub(super) enum Task {
     /// Nothing.
     Probe,
     /// Parts: header, identities.
     Unwrap { object: String, header: usize },
-    /// Parts: signature, keys, and the signed bytes unless they are on standard input.
-    Verify { object: String, method: Method, signature: usize, keys: usize, is_on_stdin: bool, now: SystemTime },
+    /// Parts: signature, keys, and the signed bytes unless they are the file.
+    Verify { object: String, method: Method, signature: usize, keys: usize, is_a_file: bool, now: SystemTime },
     /// Part: keyring.
     Clearsigned { object: String, now: SystemTime },
     /// No part.
@@ -163,7 +158,7 @@ impl Launcher {
             method: keys.method(),
             signature: signature.len(),
             keys: of_keys.len(),
-            is_on_stdin: file.is_some(),
+            is_a_file: file.is_some(),
             now,
         };
         let data = [signature, &of_keys, bytes].concat();
@@ -197,79 +192,35 @@ impl Launcher {
         }
     }
 
-    /// Which layers of confinement this host does not give, in words; none when workers are not confined at all. Starts a process.
+    /// Which layers of confinement this host does not give, in words; none when workers are not confined at all. Asks a process.
     pub fn missing_layers(&self) -> Result<Option<Vec<String>>> {
         if self.settings.confine == Confine::Off {
             return Ok(None);
         }
-        let (mut conversation, sent) = self.begin(Task::Probe, &[], None)?;
-        match sent.and_then(|()| conversation.answer(0)) {
-            Ok(_) => {
-                let missing = std::mem::take(&mut conversation.missing);
-                conversation.finish().map(|()| Some(missing))
-            }
-            Err(error) => Err(conversation.abort(error)),
-        }
-    }
-
-    fn begin(&self, task: Task, data: &[u8], stdin: Option<&File>) -> Result<(Conversation, Result<()>)> {
-        let nothing = File::open("/dev/null").map_err(super::failed("open /dev/null"))?;
-        let mut conversation = Conversation::start(&self.program, stdin.unwrap_or(&nothing), nothing.as_fd())?;
-        let job = SmallJob { task, memory_bytes: self.settings.memory_max.0, misdeed: self.misdeed.clone() };
-        let sent = conversation.send(&Request::Small(Box::new(job)), data);
-        Ok((conversation, sent))
-    }
-
-    fn ask(&self, task: Task, data: &[u8], stdin: Option<&File>, answer_max: usize) -> Result<(Answer, Vec<u8>)> {
-        let (mut conversation, sent) = self.begin(task, data, stdin)?;
-        match sent.and_then(|()| conversation.answer(answer_max)) {
-            Ok(answer) => conversation.finish().map(|()| answer),
-            Err(error) => Err(conversation.abort(error)),
+        match self.ask_noting(Task::Probe, &[], None, 0)? {
+            (Answer::Here, _, missing) => Ok(Some(missing)),
+            _ => Err(died("its answer is to another question")),
         }
     }
 }
 
-impl Conversation {
-    fn answer(&mut self, data_max: usize) -> Result<(Answer, Vec<u8>)> {
-        let progress = Progress::default();
-        loop {
-            self.set_timeout(POLL)?;
-            self.wait(None, &mut 0, &progress)?;
-            self.set_timeout(super::FRAME_TIMEOUT)?;
-            match receive(&mut self.from, data_max) {
-                Ok(Some((Some(Reply::Confined { missing }), _))) => self.note_missing(missing),
-                Ok(Some((Some(Reply::Answer(answer)), data))) => return Ok((*answer, data)),
-                Ok(Some((Some(Reply::Failed(error)), _))) => return Err(error.into_error()),
-                Ok(Some(_)) => return Err(died("its answer is to another question")),
-                Ok(None) => return Err(died("ended without an answer")),
-                Err(error) => return Err(died("its answer can't be read").with_source(error)),
-            }
-        }
-    }
+/// What readers can't find out once they are confined, for the process that they are copies of.
+pub(super) fn prepare() -> Result<()> {
+    age::prepare();
+    child::prepare(false)
 }
 
-/// The worker's side.
-pub(super) fn serve(job: &SmallJob, data: &[u8], stdin: File, daemon: &mut child::Daemon) -> Result<()> {
-    match job.task {
-        Task::Unwrap { .. } => age::prepare(),
-        Task::LxdMetadata { .. } => child::prepare(false)?,
-        _ => {}
-    }
-    let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: 0 };
-    let misdeed = job.misdeed.as_deref();
-    match confine(limits, || child::misdeed::before_the_filter(misdeed)) {
-        Ok(confined) => daemon.reply(&Reply::Confined { missing: confined.missing })?,
-        Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
-    }
-    child::misdeed::behind_the_filter(misdeed);
-    match answer(&job.task, data, &stdin) {
+/// The reader's side.
+pub(super) fn serve(job: &SmallJob, data: &[u8], file: Option<File>, daemon: &mut child::Daemon) -> Result<()> {
+    match answer(&job.task, data, file) {
         Ok((answer, data)) => daemon.reply_with(&Reply::Answer(Box::new(answer)), &data),
         Err(error) => daemon.reply(&Reply::Failed(WireError::from(&error))),
     }
 }
 
-fn answer(task: &Task, data: &[u8], stdin: &File) -> Result<(Answer, Vec<u8>)> {
-    let wrong = || Error::internal(Stage::Host, super::SUBCOMMAND, "the parts are not as long as the job says");
+fn answer(task: &Task, data: &[u8], file: Option<File>) -> Result<(Answer, Vec<u8>)> {
+    let wrong = || Error::internal(Stage::Host, super::SUBCOMMAND, "the parts are not what the job says");
+    let file = || file.as_ref().ok_or_else(wrong);
     match task {
         Task::Probe => Ok((Answer::Here, Vec::new())),
         Task::Unwrap { object, header } => {
@@ -277,10 +228,10 @@ fn answer(task: &Task, data: &[u8], stdin: &File) -> Result<(Answer, Vec<u8>)> {
             let key = age::unwrap(header, &Identities::parse(identities, "age.identities")?, object)?;
             Ok((Answer::Unwrapped, key.expose().to_vec()))
         }
-        Task::Verify { object, method, signature, keys, is_on_stdin, now } => {
+        Task::Verify { object, method, signature, keys, is_a_file, now } => {
             let (signature, rest) = data.split_at_checked(*signature).ok_or_else(wrong)?;
             let (keys, bytes) = rest.split_at_checked(*keys).ok_or_else(wrong)?;
-            let signed = if *is_on_stdin { Signed::File(stdin) } else { Signed::Bytes(bytes) };
+            let signed = if *is_a_file { Signed::File(file()?) } else { Signed::Bytes(bytes) };
             let signer = match method {
                 Method::Openpgp => verify(Vouching::Openpgp(&Keyring::parse(keys, "keys")?), signature, signed, *now, object)?,
                 Method::Minisign => {
@@ -292,10 +243,10 @@ fn answer(task: &Task, data: &[u8], stdin: &File) -> Result<(Answer, Vec<u8>)> {
         }
         Task::Clearsigned { object, now } => {
             let openpgp::Clearsigned { payload, signer } =
-                openpgp::clearsigned(&whole(stdin, object)?, &Keyring::parse(data, "keys")?, *now, object)?;
+                openpgp::clearsigned(&whole(file()?, object)?, &Keyring::parse(data, "keys")?, *now, object)?;
             Ok((Answer::Payload(signer), payload))
         }
-        Task::LxdMetadata { object } => Ok((Answer::Described, lxd::import::tarball(again(stdin, object)?, object)?.to_string().into_bytes())),
+        Task::LxdMetadata { object } => Ok((Answer::Described, lxd::import::tarball(again(file()?, object)?, object)?.to_string().into_bytes())),
     }
 }
 

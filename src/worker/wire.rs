@@ -31,8 +31,10 @@ const TEXT_BYTES_MAX: usize = 4096;
 pub(super) enum Request {
     /// Fill the disk; the loaders are the frame's data.
     Fill(Box<Job>),
-    /// Answer one question; what it is about is the frame's data, or on standard input.
+    /// Answer one question; what it is about is the frame's data, or the file that was passed.
     Small(Box<SmallJob>),
+    /// Become a fork server, whose children answer small jobs with so much memory each.
+    Readers { memory_bytes: u64 },
     /// Read an archive for somebody else to write; the key of an encrypted one is the frame's data.
     Tree(Box<TreeJob>),
     /// Read a guest's filesystem.
@@ -68,6 +70,8 @@ pub(super) enum Reply {
     Studied(Box<GuestFacts>),
     /// Blocks of the root filesystem that change; their contents are the frame's data.
     Patched { blocks: Vec<u64> },
+    /// The process that was asked has ended without an answer; the fork server says so.
+    Ended { signal: Option<i32>, code: Option<i32> },
     /// Not done.
     Failed(WireError),
 }

@@ -7,6 +7,7 @@ mod common;
 mod filesystems;
 mod guest_judges;
 mod net_judges;
+mod readers;
 mod reconfigure;
 mod selinux;
 mod worker;

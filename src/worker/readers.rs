@@ -1,0 +1,125 @@
+//! The daemon's side of the fork server, and one question to one of its children.
+
+use std::{
+    fs::File,
+    io::{BufReader, BufWriter, ErrorKind, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use super::{
+    Conversation, Launcher, death, died, failed, pass,
+    small::{Answer, SmallJob, Task},
+    wire::{Reply, Request},
+};
+use crate::{
+    error::{Error, Result, Stage},
+    fs::mounted::wire::{receive, send},
+    units::MIB,
+};
+
+/// What is added to the time for an answer when a file is read: the slowest disk and hash worth waiting for.
+const FILE_BYTES_PER_SEC: u64 = 10 * MIB;
+
+/// The fork server: started when it is first needed, and again when it has ended.
+#[derive(Debug, Default)]
+pub(super) struct Readers {
+    server: Mutex<Option<Arc<Server>>>,
+}
+
+#[derive(Debug)]
+struct Server {
+    control: UnixStream,
+    missing: Vec<String>,
+    /// Ends the process when it is dropped.
+    _conversation: Mutex<Conversation>,
+}
+
+impl Server {
+    fn start(program: &Path, memory_bytes: u64) -> Result<Server> {
+        let nothing = File::open("/dev/null").map_err(failed("open /dev/null"))?;
+        let mut conversation = Conversation::start(program, &nothing, nothing.as_fd())?;
+        let sent = conversation.send(&Request::Readers { memory_bytes }, &[]);
+        match sent.and_then(|()| conversation.confined()) {
+            Ok(missing) => {
+                let control = conversation.worker.socket().try_clone().map_err(failed("duplicate its socket"))?;
+                Ok(Server { control, missing, _conversation: Mutex::new(conversation) })
+            }
+            Err(error) => Err(conversation.abort(error)),
+        }
+    }
+}
+
+impl Readers {
+    fn server(&self, program: &Path, memory_bytes: u64) -> Result<Arc<Server>> {
+        let mut server = self.server.lock().map_err(|_| Error::internal(Stage::Host, super::SUBCOMMAND, "starting the fork server panicked"))?;
+        if let Some(server) = &*server {
+            return Ok(Arc::clone(server));
+        }
+        let started = Arc::new(Server::start(program, memory_bytes)?);
+        *server = Some(Arc::clone(&started));
+        Ok(started)
+    }
+
+    /// A child that waits for a question, and the layers that it is confined without. It has `file` and nothing else.
+    fn child(&self, program: &Path, memory_bytes: u64, file: Option<&File>) -> Result<(UnixStream, Vec<String>)> {
+        let mut is_second = false;
+        loop {
+            let server = self.server(program, memory_bytes)?;
+            let (ours, theirs) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+            let descriptors = [Some(theirs.as_fd()), file.map(AsFd::as_fd)];
+            match pass(&server.control, descriptors.into_iter().flatten()) {
+                Ok(()) => return Ok((ours, server.missing.clone())),
+                Err(error) if !is_second && matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                    tracing::warn!("the fork server has ended and is started again");
+                    self.forget(&server);
+                    is_second = true;
+                }
+                Err(error) => return Err(failed("pass a socket")(error)),
+            }
+        }
+    }
+
+    fn forget(&self, ended: &Arc<Server>) {
+        if let Ok(mut server) = self.server.lock()
+            && server.as_ref().is_some_and(|server| Arc::ptr_eq(server, ended))
+        {
+            *server = None;
+        }
+    }
+}
+
+impl Launcher {
+    /// The answer of a process that is made for this question; its data are of at most `answer_max` bytes.
+    pub(super) fn ask(&self, task: Task, data: &[u8], file: Option<&File>, answer_max: usize) -> Result<(Answer, Vec<u8>)> {
+        self.ask_noting(task, data, file, answer_max).map(|(answer, data, _)| (answer, data))
+    }
+
+    /// The same, and the layers that the process was confined without.
+    pub(super) fn ask_noting(&self, task: Task, data: &[u8], file: Option<&File>, answer_max: usize) -> Result<(Answer, Vec<u8>, Vec<String>)> {
+        let (socket, missing) = self.readers.child(&self.program, self.settings.memory_max.0, file)?;
+        let len = file.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len());
+        let timeout = Some(self.patience + Duration::from_secs(len / FILE_BYTES_PER_SEC));
+        socket.set_read_timeout(timeout).and_then(|()| socket.set_write_timeout(timeout)).map_err(failed("set a timeout"))?;
+        let mut to = BufWriter::new(&socket);
+        let question = Request::Small(Box::new(SmallJob { task, misdeed: self.misdeed.clone() }));
+        match send(&mut to, Some(&question), data).and_then(|()| to.flush()) {
+            // A child that is gone left an answer, or its end says why.
+            Err(error) if !matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => return Err(failed("ask")(error)),
+            _ => {}
+        }
+        // What could not be sent has been said.
+        let _rest = to.into_parts();
+        match receive(&mut BufReader::new(&socket), answer_max) {
+            Ok(Some((Some(Reply::Answer(answer)), data))) => Ok((*answer, data, missing)),
+            Ok(Some((Some(Reply::Failed(error)), _))) => Err(error.into_error()),
+            Ok(Some((Some(Reply::Ended { signal, code }), _))) => Err(death(signal, code)),
+            Ok(Some(_)) => Err(died("its answer is to another question")),
+            Ok(None) => Err(died("ended without an answer")),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Err(died("had no answer in time and was killed")),
+            Err(error) => Err(died("its answer can't be read").with_source(error)),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The fork server and its children: one process for each question, which has nothing but what it was asked.
+
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use cloudletd::{
+    config::worker::Worker,
+    error::Error,
+    trust::minisign::Keys,
+    worker::{Launcher, Signed, Vouching},
+};
+
+fn launcher() -> Launcher {
+    Launcher::new(&Worker::default()).with_program(env!("CARGO_BIN_EXE_cloudletd"))
+}
+
+/// A key, and its signature over `hello`.
+struct Signature {
+    keys: Keys,
+    signature: Vec<u8>,
+}
+
+impl Signature {
+    fn new(dir: &Path) -> Signature {
+        let at = |name: &str| dir.join(name).to_str().expect("text").to_owned();
+        fs::write(dir.join("hello"), "hello").expect("written");
+        let (public, secret) = (at("key.pub"), at("key"));
+        for arguments in [vec!["-G", "-W", "-f", "-p", &public, "-s", &secret], vec!["-S", "-s", &secret, "-m", &at("hello")]] {
+            let output = Command::new("minisign").args(&arguments).output().expect("minisign is installed");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let keys = Keys::parse(&fs::read_to_string(&public).expect("there"), "keys").expect("a key");
+        Signature { keys, signature: fs::read(dir.join("hello.minisig")).expect("there") }
+    }
+
+    fn verify(&self, launcher: &Launcher, bytes: &[u8]) -> Result<(), Error> {
+        launcher.verify(Vouching::Minisign(&self.keys), &self.signature, Signed::Bytes(bytes), "hello").map(drop)
+    }
+}
+
+/// The processes of the daemon's program that are below this one, by whether their parent is the test itself.
+fn workers() -> (Vec<i32>, Vec<i32>) {
+    let stat = |pid: i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        (fields.next()? != "Z").then_some(())?;
+        fields.next()?.parse::<i32>().ok()
+    };
+    let own = std::process::id() as i32;
+    let pids: Vec<(i32, i32)> = fs::read_dir("/proc")
+        .expect("/proc")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+        .filter_map(|pid| Some((pid, stat(pid)?)))
+        .filter(|(pid, _)| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"cloudletd\0worker\0")))
+        .collect();
+    let servers: Vec<i32> = pids.iter().filter(|(_, parent)| *parent == own).map(|(pid, _)| *pid).collect();
+    let children = pids.iter().filter(|(_, parent)| servers.contains(parent)).map(|(pid, _)| *pid).collect();
+    (servers, children)
+}
+
+fn eventually(what: &str, is: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what}: not after {:?}", begun.elapsed());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Runs one test alone with the processes it counts: in a process of its own, named by its argument.
+fn alone(test: &str, body: impl FnOnce()) {
+    const MARK: &str = "CLOUDLETD_TEST_ALONE";
+    if std::env::var_os(MARK).is_some() {
+        return body();
+    }
+    let own = std::env::current_exe().expect("this program");
+    let output = Command::new(own).args(["--exact", test, "--nocapture"]).env(MARK, "1").output().expect("starts");
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("1 passed"), "{out}\n{err}");
+}
+
+#[test]
+fn each_question_has_a_process_of_its_own_and_many_at_once_are_answered() {
+    alone("readers::each_question_has_a_process_of_its_own_and_many_at_once_are_answered", || {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (signature, launcher) = (Signature::new(dir.path()), launcher());
+        std::thread::scope(|scope| {
+            for asker in 0..40 {
+                let (signature, launcher) = (&signature, launcher.clone());
+                scope.spawn(move || {
+                    for _ in 0..5 {
+                        match asker % 2 {
+                            0 => signature.verify(&launcher, b"hello").expect("good"),
+                            _ => assert_eq!(signature.verify(&launcher, b"other").expect_err("of other bytes").reason(), "SIGNATURE_INVALID"),
+                        }
+                    }
+                });
+            }
+        });
+        let (servers, _) = workers();
+        assert_eq!(servers.len(), 1, "one fork server for all of them");
+        eventually("every child ends", || workers().1.is_empty());
+        drop(launcher);
+        eventually("the fork server ends with the one who started it", || workers().0.is_empty());
+    });
+}
+
+#[test]
+fn a_child_that_does_what_it_may_not_is_killed_and_the_fork_server_goes_on() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (signature, launcher) = (Signature::new(dir.path()), launcher());
+    // What only the fork server may do is among it.
+    for call in ["open", "socket", "execve", "fork", "kill", "mount", "ptrace", "recvmsg", "pidfd"] {
+        let error = signature.verify(&launcher.clone().with_misdeed(call), b"hello").expect_err(call);
+        assert_eq!(error.reason(), "WORKER_DIED", "{call}: {}", error.chain());
+        assert!(error.message().contains("SIGSYS"), "{call}: {}", error.chain());
+    }
+    let error = signature.verify(&launcher.clone().with_misdeed("panic"), b"hello").expect_err("it panics");
+    assert!(error.message().contains("exit status: 101"), "{}", error.chain());
+    let error = signature.verify(&launcher.clone().with_misdeed("memory"), b"hello").expect_err("it has too much");
+    assert!(error.message().contains("signal 6"), "{}", error.chain());
+    signature.verify(&launcher, b"hello").expect("the others are answered as before");
+}
+
+#[test]
+fn a_child_has_no_descriptor_of_another_and_one_that_nobody_waits_for_is_ended() {
+    alone("readers::a_child_has_no_descriptor_of_another_and_one_that_nobody_waits_for_is_ended", || {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (signature, launcher) = (Signature::new(dir.path()), launcher());
+        let count = || signature.verify(&launcher.clone().with_misdeed("descriptors"), b"hello").expect_err("it says how many").message().to_owned();
+        let by_itself = count();
+        // Standard error, the socket twice (for reading and writing), and null four times; what this test inherited is not among them.
+        assert!(by_itself.contains("exit status: 107"), "{by_itself}");
+        let patience = Duration::from_secs(3);
+        std::thread::scope(|scope| {
+            for _ in 0..10 {
+                let launcher = launcher.clone().with_misdeed("hang").with_patience(patience);
+                scope.spawn(|| {
+                    let launcher = launcher;
+                    let error = signature.verify(&launcher, b"hello").expect_err("it hangs");
+                    assert!(error.message().contains("no answer in time"), "{}", error.chain());
+                });
+            }
+            eventually("ten hang", || workers().1.len() == 10);
+            assert_eq!(count(), by_itself);
+        });
+        eventually("those that hung are gone", || workers().1.is_empty());
+        signature.verify(&launcher, b"hello").expect("good");
+    });
+}
+
+#[test]
+fn a_fork_server_that_was_killed_is_started_again_by_the_next_question() {
+    alone("readers::a_fork_server_that_was_killed_is_started_again_by_the_next_question", || {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (signature, launcher) = (Signature::new(dir.path()), launcher());
+        signature.verify(&launcher, b"hello").expect("good");
+        let before = workers().0;
+        let hanging = launcher.clone().with_misdeed("hang");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| signature.verify(&hanging, b"hello").expect_err("it is killed"));
+            eventually("one hangs", || workers().1.len() == 1);
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(before[0]), nix::sys::signal::Signal::SIGKILL).expect("it was there");
+            assert_eq!(waits.join().expect("ends").reason(), "WORKER_DIED");
+        });
+        signature.verify(&launcher, b"hello").expect("by another");
+        let after = workers().0;
+        assert!(after.len() == 1 && after != before, "{before:?} {after:?}");
+    });
+}
