@@ -7,7 +7,6 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     api::{Page, authorise::Caller, encode},
     error::{Error, Kind, Result, Stage},
-    manifest::Manifest,
     names::Digest,
     proto::{self, image_service_server::ImageService},
     render::{Engine, UPLOADS_MAX, blocking, now_secs, vouch::ManifestOrigin},
@@ -24,8 +23,8 @@ fn no_image(id: &str) -> Error {
 }
 
 /// Whether the caller may take a root filesystem from where the request or its manifest says. What is wrong with them is found later.
-fn check_source(caller: &Caller, request: &proto::CreateImageRequest) -> Result<()> {
-    let manifest = Manifest::parse(request.manifest_json.as_bytes()).ok();
+fn check_source(engine: &Engine, caller: &Caller, request: &proto::CreateImageRequest) -> Result<()> {
+    let manifest = engine.read_manifest(&request.manifest_json).ok();
     let url = manifest.as_ref().and_then(|manifest| manifest.rootfs()).and_then(|rootfs| rootfs.url.as_deref());
     [url, Some(request.rootfs_url.as_str())].into_iter().flatten().filter(|url| !url.is_empty()).try_for_each(|url| caller.check_image_url(url))
 }
@@ -43,7 +42,7 @@ async fn next(stream: &mut Streaming<proto::UploadRootfsRequest>, idle: Duration
 
 impl Images {
     pub(super) fn encode(&self, record: ImageRecord) -> Result<proto::Image> {
-        let manifest = Manifest::parse(record.manifest.as_bytes())?;
+        let manifest = self.0.manifest_of(&record)?;
         let cached = match &record.rootfs_digest {
             Some(digest) => self.0.store.has_blob(digest)?,
             None => false,
@@ -84,7 +83,7 @@ impl ImageService for Images {
         let response = blocking(Stage::Resolve, move || {
             // Before the first parser.
             let manifest = images.0.vouch_manifest(&request.manifest_json, ManifestOrigin::Call(&request.manifest_signature))?;
-            check_source(&caller, &request)?;
+            check_source(&images.0, &caller, &request)?;
             let (record, created) = images.0.create_image(manifest, &request.rootfs_digest, &request.rootfs_url)?;
             caller.note("image", &record.id);
             tracing::info!(image = %record.id, created, "image catalogued");

@@ -324,7 +324,7 @@ impl Engine {
             at += u64::from(PAGE);
             for record in records {
                 let image = self.named_image(record)?;
-                let manifest = Manifest::parse(image.record.manifest.as_bytes())?;
+                let manifest = self.manifest_of(&image.record)?;
                 if !filters.accept_with(|key| image.field(key, &manifest))? {
                     continue;
                 }

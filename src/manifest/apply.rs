@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{Manifest, json::element, template};
@@ -22,7 +23,7 @@ use crate::{
 /// Time that all templates of an image may take together; honest ones take microseconds.
 const TIME_MAX: Duration = Duration::from_secs(5);
 /// Bytes that all templates of an image may produce together: a block patch is a few of them.
-const OUTPUT_TOTAL_MAX: usize = 8 * 1024 * 1024;
+pub const OUTPUT_TOTAL_MAX: usize = 8 * 1024 * 1024;
 /// Characters from which on the value of a secret is looked for in results; shorter ones are found anywhere.
 const SECRET_LEN_MIN: usize = 3;
 
@@ -132,18 +133,40 @@ fn address(cidr: &Cidr) -> Value {
     json!({"address": cidr.address, "prefix": cidr.prefix, "netmask": mask, "broadcast": broadcast, "network": network, "family": family})
 }
 
+/// A template to expand.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Where the manifest names it: `templates[i]`.
+    pub field: String,
+    /// Its path in the image.
+    pub path: String,
+    /// The template.
+    pub text: String,
+}
+
+/// What a template writes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expanded {
+    /// The file's content.
+    pub text: String,
+    /// Whether the value of a secret argument may be in it.
+    pub is_secret: bool,
+}
+
 /// Renders every template of the manifest: one edit per file, with its mode and owner. A template that is reached through a symlink is written where
-/// the link leads; two names of one file are one template; a file without any tag is left alone.
+/// the link leads; two names of one file are one template; a file without any tag is left alone. `expand` is [`expand`], here or in another process.
 ///
 /// Errors name the field `templates[i]` and the path, and for mistakes in a template the line: reasons `TEMPLATE_NOT_IN_IMAGE`,
-/// `TEMPLATE_NOT_A_FILE`, `TEMPLATE_TOO_LARGE`, `TEMPLATE_NOT_UTF8`, `TEMPLATE_LIMIT`, and those of [`template::render`].
-/// Edits whose content may hold the value of a secret argument are marked secret; no message shows such a value.
-pub fn template_edits(manifest: &Manifest, facts: &GuestFacts, context: &Value) -> Result<Vec<Edit>> {
-    let secrets = Secrets::of(manifest, context);
-    let started = Instant::now();
+/// `TEMPLATE_NOT_A_FILE`, `TEMPLATE_TOO_LARGE`, `TEMPLATE_NOT_UTF8`, and those of `expand`. Edits whose content may hold the value of a secret argument are
+/// marked secret.
+pub fn template_edits(
+    manifest: &Manifest,
+    facts: &GuestFacts,
+    context: Value,
+    expand: impl FnOnce(Vec<Source>, Value, &BTreeSet<String>) -> Result<Vec<Expanded>>,
+) -> Result<Vec<Edit>> {
     let mut seen = BTreeSet::new();
-    let mut total = 0;
-    let mut edits = Vec::new();
+    let (mut places, mut sources) = (Vec::new(), Vec::new());
     for (index, path) in manifest.templates().iter().enumerate() {
         let field = element("templates", index);
         let file = find(facts, path).map_err(|(reason, message)| {
@@ -151,29 +174,43 @@ pub fn template_edits(manifest: &Manifest, facts: &GuestFacts, context: &Value) 
                 .with_reason(reason)
                 .with_violation(field.clone(), message)
         })?;
-        if !seen.insert(file.path.clone()) || !file.source.contains("<%") {
-            continue;
+        if seen.insert(file.path.clone()) && file.source.contains("<%") {
+            sources.push(Source { field, path: path.display().into_owned(), text: file.source.to_owned() });
+            places.push((file.path, file.attrs));
         }
-        let content = template::render(&path.display(), file.source, context)
+    }
+    let expanded = expand(sources, context, manifest.secret_args())?;
+    let edits = places.into_iter().zip(expanded).map(|((path, attrs), Expanded { text, is_secret })| Edit {
+        path,
+        secret: is_secret,
+        op: EditOp::WriteFile { content: text.into_bytes(), attrs },
+        why: "template of the manifest".to_owned(),
+    });
+    Ok(edits.collect())
+}
+
+/// Expands templates in the order given. No message shows the value of a secret argument. Reasons `TEMPLATE_LIMIT` and those of [`template::render`].
+pub fn expand(sources: &[Source], context: &Value, secret_args: &BTreeSet<String>) -> Result<Vec<Expanded>> {
+    let secrets = Secrets::of(secret_args, context);
+    let started = Instant::now();
+    let mut total = 0;
+    let mut expanded = Vec::with_capacity(sources.len());
+    for Source { field, path, text: source } in sources {
+        let text = template::render(path, source, context)
             .map_err(|error| secrets.redact(&error).with_violation(field.clone(), secrets.hide(error.message())))?;
-        total += content.len();
+        total += text.len();
         if total > OUTPUT_TOTAL_MAX || started.elapsed() > TIME_MAX {
             let message = format!(
                 "the templates up to here write {total} bytes in {:?}; the limits are {OUTPUT_TOTAL_MAX} and {TIME_MAX:?}",
                 started.elapsed()
             );
-            return Err(Error::new(Kind::InvalidRequest, Stage::Inject, path.to_string(), message.clone())
+            return Err(Error::new(Kind::InvalidRequest, Stage::Inject, path.clone(), message.clone())
                 .with_reason("TEMPLATE_LIMIT")
-                .with_violation(field, message));
+                .with_violation(field.clone(), message));
         }
-        edits.push(Edit {
-            path: file.path,
-            secret: secrets.may_be_in(file.source, &content),
-            op: EditOp::WriteFile { content: content.into_bytes(), attrs: file.attrs },
-            why: "template of the manifest".to_owned(),
-        });
+        expanded.push(Expanded { is_secret: secrets.may_be_in(source, &text), text });
     }
-    Ok(edits)
+    Ok(expanded)
 }
 
 struct TemplateFile<'a> {
@@ -209,16 +246,15 @@ fn find<'a>(facts: &'a GuestFacts, path: &GuestPath) -> std::result::Result<Temp
 }
 
 /// The secret arguments: their names, and the texts in their values.
-struct Secrets {
-    names: Vec<String>,
+struct Secrets<'a> {
+    names: &'a BTreeSet<String>,
     values: Vec<String>,
 }
 
-impl Secrets {
-    fn of(manifest: &Manifest, context: &Value) -> Secrets {
-        let names: Vec<String> = manifest.args().secret_names().map(str::to_owned).collect();
+impl<'a> Secrets<'a> {
+    fn of(names: &'a BTreeSet<String>, context: &Value) -> Secrets<'a> {
         let mut values = Vec::new();
-        for name in &names {
+        for name in names {
             texts(&context["args"][name], &mut values);
         }
         values.retain(|value| value.chars().count() >= SECRET_LEN_MIN);

@@ -1,4 +1,9 @@
 use super::*;
+
+fn edits_of(manifest: &Manifest, facts: &GuestFacts, context: &Value) -> Result<Vec<Edit>> {
+    template_edits(manifest, facts, context.clone(), |sources, context, secret_args| expand(&sources, &context, secret_args))
+}
+
 use crate::guest::{config::HostKeys, facts::Node};
 
 fn config(network: Option<Network>) -> InstanceConfig {
@@ -125,7 +130,7 @@ fn templates_become_edits_with_their_mode_and_owner() {
         ("/run/resolv.conf", file(b"<% for n in dns.nameservers %>nameserver <%= n %>\n<% endfor %>")),
     ]);
     let args = manifest.resolve_args(&Map::new()).expect("defaults");
-    let edits = template_edits(&manifest, &facts, &context(&config(Some(network())), &args, &image())).expect("edits");
+    let edits = edits_of(&manifest, &facts, &context(&config(Some(network())), &args, &image())).expect("edits");
     assert_eq!(edits.iter().map(|edit| edit.path.to_string()).collect::<Vec<_>>(), ["/etc/hostname", "/run/resolv.conf"]);
     let (text, attrs) = content(&edits[0]);
     assert_eq!((text, attrs.mode, attrs.uid, attrs.gid, edits[0].secret), ("debian-host\n", 0o640, 7, 8, false));
@@ -148,7 +153,7 @@ fn what_is_wrong_with_a_template_is_said_with_field_and_path() {
     for (template, node, at, reason, part) in cases {
         let manifest = manifest(json!({"templates": ["/etc/ok", template]}));
         let facts = facts(&[("/etc/ok", file(b"ok")), (at, node)]);
-        let error = template_edits(&manifest, &facts, &context(&config(None), &Map::new(), &image())).expect_err("wrong");
+        let error = edits_of(&manifest, &facts, &context(&config(None), &Map::new(), &image())).expect_err("wrong");
         assert_eq!((error.reason(), error.object(), error.violations()[0].field.as_str()), (reason, template, "templates[1]"), "{error:?}");
         assert!(error.message().contains(part), "{error:?}");
     }
@@ -168,9 +173,9 @@ fn secrets_mark_the_edit_and_stay_out_of_errors() {
         ("/c", file(b"<%= 1 %>")),
         ("/d", file(b"<% set a = args %><%= a.pin %>")),
     ]);
-    let edits = template_edits(&manifest, &good, &context).expect("edits");
+    let edits = edits_of(&manifest, &good, &context).expect("edits");
     assert_eq!(edits.iter().map(|edit| edit.secret).collect::<Vec<_>>(), [true, true, false, true]);
     let bad = facts(&[("/a", file(b"<%= args.pin // 0 %>")), ("/b", file(b"")), ("/c", file(b"")), ("/d", file(b""))]);
-    let error = template_edits(&manifest, &bad, &context).expect_err("division");
+    let error = edits_of(&manifest, &bad, &context).expect_err("division");
     assert!(!format!("{error:?} {:?}", error.violations()).contains("123456"), "{error:?}");
 }

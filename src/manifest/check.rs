@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{
     DEPTH_MAX, LEN_MAX, Manifest,
+    args::Args,
     json::{Document, Position},
     read,
 };
@@ -47,7 +48,7 @@ pub fn check(bytes: &[u8]) -> Report {
         let position = document.position(field);
         Problem { position, field: field.to_owned(), message: message.to_owned(), line: document.line(position.line).to_owned() }
     };
-    match read::manifest(&document.value) {
+    match read::manifest(&document.value, None) {
         Ok(manifest) => {
             let warnings = warnings(&manifest).into_iter().map(|(field, message)| located(&field, &message)).collect();
             Report { manifest: Some(manifest), problems: Vec::new(), warnings }
@@ -66,14 +67,18 @@ fn warnings(manifest: &Manifest) -> Vec<(String, String)> {
     if manifest.rootfs().is_some_and(|rootfs| rootfs.url.is_some() && rootfs.digest.is_none()) {
         found.push(("rootfs.url".to_owned(), "there is no rootfs.digest: what the URL serves can change".to_owned()));
     }
+    // They were compiled a moment ago.
+    let volatile = manifest.volatile_patterns().ok();
     for (name, paths) in [("templates", &manifest.templates), ("persistent", &manifest.persistent)] {
         for (index, path) in paths.iter().enumerate() {
-            if manifest.volatile.matches(path).unwrap_or(false) {
+            if volatile.as_ref().is_some_and(|volatile| volatile.matches(path).unwrap_or(false)) {
                 found.push((format!("{name}[{index}]"), format!("{path} is volatile too, so it is not part of the image")));
             }
         }
     }
-    for (name, _) in manifest.args.properties().filter(|(name, property)| manifest.args.is_secret(name) && property.get("default").is_some()) {
+    let args = manifest.args().and_then(|args| Args::compile(args).ok());
+    let properties = args.iter().flat_map(Args::properties);
+    for (name, _) in properties.filter(|(name, property)| manifest.is_secret_arg(name) && property.get("default").is_some()) {
         found.push((format!("args.{name}.default"), "a secret with a default is known to everybody who has the manifest".to_owned()));
     }
     found

@@ -1,13 +1,17 @@
 //! Cloudlet manifests: what an image is, in one JSON document.
 //!
-//! The format is 0.0.4 of 2010 as it was, and beside it what a provider needs today (root filesystem, boot, disk, devices). [`Manifest::parse`]
-//! is the only way to a [`Manifest`]: whoever holds one need not check anything in it again.
+//! The format is 0.0.4 of 2010 as it was, and beside it what a provider needs today (root filesystem, boot, disk, devices). Whoever holds a
+//! [`Manifest`] need not check anything in it again.
 //!
 //! ```text
 //! bytes ─ json ─ read ─ Manifest ─┬─ args      values a user gave, with defaults, checked
 //!                                 ├─ volatile  paths that are left out of the image
 //!                                 └─ apply     files of the image that are templates → edits
 //! ```
+//!
+//! Reading has two halves, so that the first can be done by a process that can do nothing else. [`Manifest::parse`] is both. [`Manifest::judged`] is what
+//! is left of it when somebody else has parsed the text and compiled what is compiled of it (the schema of `args`, the patterns of `volatile`, templates):
+//! every field is read from the document again, by the same rules.
 //!
 //! A manifest lies at `/.cloudlet/manifest` in the tree, beside the tarball, or comes with the call that creates the image. Nothing in it leads to
 //! a path of the host, and no part of it is ever executed: `entry_points.chroot` is kept for those who run containers elsewhere.
@@ -24,6 +28,9 @@ pub mod schema;
 pub mod template;
 pub mod volatile;
 
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -52,10 +59,10 @@ pub struct Manifest {
     description: Option<String>,
     author: Option<String>,
     arch: Option<String>,
-    args: Args,
+    secret_args: BTreeSet<String>,
     templates: Vec<GuestPath>,
     persistent: Vec<GuestPath>,
-    volatile: Volatile,
+    volatile: Vec<String>,
     entry_points: EntryPoints,
     rootfs: Option<Rootfs>,
     filesystem: FilesystemSpec,
@@ -226,6 +233,15 @@ impl Role {
     }
 }
 
+/// What a process that can do nothing else found a text to be; what it says of `args` is all that a reader of this takes on trust.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Judged {
+    /// The document.
+    pub document: Value,
+    /// The arguments whose schema says that they are secret.
+    pub secret_args: BTreeSet<String>,
+}
+
 impl Manifest {
     /// Reads a manifest: at most [`LEN_MAX`] bytes of JSON nested at most [`DEPTH_MAX`] deep, no key twice, no unknown field but `x-…`.
     ///
@@ -233,7 +249,17 @@ impl Manifest {
     /// not JSON gives one violation with line and column, reason `MANIFEST_SYNTAX`; everything else has reason `MANIFEST_INVALID` or a narrower one.
     pub fn parse(bytes: &[u8]) -> Result<Manifest> {
         let document = Document::parse(bytes, LEN_MAX, DEPTH_MAX).map_err(read::syntax_error)?;
-        read::manifest(&document.value)
+        read::manifest(&document.value, None)
+    }
+
+    /// The manifest that somebody else judged to be right. Errors as those of [`Manifest::parse`], should that not be true.
+    pub fn judged(judged: Judged) -> Result<Manifest> {
+        read::manifest(&judged.document, Some(judged.secret_args))
+    }
+
+    /// What [`Manifest::judged`] takes.
+    pub fn to_judged(&self) -> Judged {
+        Judged { document: self.document.clone(), secret_args: self.secret_args.clone() }
     }
 
     /// Short name of the image, e.g. `debian-5.0`; empty when it has none.
@@ -267,19 +293,24 @@ impl Manifest {
         })
     }
 
-    /// What a user may configure.
-    pub fn args(&self) -> &Args {
-        &self.args
+    /// What a user may configure, as it is written: what [`Args::compile`] takes. Nothing when the image takes no arguments.
+    pub fn args(&self) -> Option<&Value> {
+        self.document.get("args")
     }
 
-    /// The arguments that a user gave with defaults filled in, checked; see [`Args::resolve`].
+    /// The arguments that a user gave with defaults filled in, checked; see [`Args::resolve`]. Compiles the schema.
     pub fn resolve_args(&self, given: &Map<String, Value>) -> Result<Map<String, Value>> {
-        self.args.resolve(given)
+        Args::compile(self.args().unwrap_or(&Value::Object(Map::new())))?.resolve(given)
     }
 
     /// Whether the argument `name`, or anything in it, is secret.
     pub fn is_secret_arg(&self, name: &str) -> bool {
-        self.args.is_secret(name)
+        self.secret_args.contains(name)
+    }
+
+    /// The names of the secret arguments.
+    pub fn secret_args(&self) -> &BTreeSet<String> {
+        &self.secret_args
     }
 
     /// Files of the image that are templates; each once, in order.
@@ -304,12 +335,12 @@ impl Manifest {
 
     /// The patterns of paths that are not part of the image, as they are written; [`Volatile::compile`] takes them again.
     pub fn volatile(&self) -> &[String] {
-        self.volatile.sources()
+        &self.volatile
     }
 
     /// The same, compiled.
-    pub fn volatile_patterns(&self) -> &Volatile {
-        &self.volatile
+    pub fn volatile_patterns(&self) -> Result<Volatile> {
+        Volatile::compile(&self.volatile)
     }
 
     /// How the image can be started.

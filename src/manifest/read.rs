@@ -3,6 +3,8 @@
 mod fields;
 mod machine;
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use self::fields::Fields;
@@ -52,14 +54,20 @@ pub fn syntax_error(error: JsonError) -> Error {
         .with_reason("MANIFEST_SYNTAX")
 }
 
-/// Reads and checks the document.
-pub fn manifest(document: &Value) -> Result<Manifest> {
+/// Reads and checks the document. What is compiled is compiled too, to see that it can be, unless the secret arguments come from somebody who has done so.
+pub fn manifest(document: &Value, judged: Option<BTreeSet<String>>) -> Result<Manifest> {
     let mut problems = Fields::default();
     let empty = Map::new();
     let top = problems.object(document, "", &FIELDS).unwrap_or(&empty);
-    let args = compiled(&mut problems, Args::compile(top.get("args").unwrap_or(&Value::Object(Map::new()))));
+    let is_judged = judged.is_some();
+    let secret_args = judged.or_else(|| {
+        let args = compiled(&mut problems, Args::compile(top.get("args").unwrap_or(&Value::Object(Map::new()))));
+        args.map(|args| args.secret_names().map(str::to_owned).collect())
+    });
     let volatile = problems.texts(top, "", "volatile", TEXT_LEN_MAX);
-    let volatile = compiled(&mut problems, Volatile::compile(&volatile));
+    if !is_judged {
+        compiled(&mut problems, Volatile::compile(&volatile));
+    }
     let filesystem = machine::filesystem(&mut problems, top.get("filesystem"), "filesystem");
     let disk = machine::disk(&mut problems, top.get("disk"));
     let manifest = Manifest {
@@ -76,15 +84,12 @@ pub fn manifest(document: &Value) -> Result<Manifest> {
         filesystem,
         disk,
         network_backend: network(&mut problems, top.get("network")),
-        lxd: lxd_templates(&mut problems, top.get("lxd")),
+        lxd: lxd_templates(&mut problems, top.get("lxd"), is_judged),
         document: document.clone(),
         digest: canonical_digest(document),
-        // Stand-ins are never seen: without these two there are problems.
-        args: match args {
-            Some(args) => args,
-            None => Args::compile(&Value::Object(Map::new()))?,
-        },
-        volatile: volatile.unwrap_or_default(),
+        // Without them there are problems.
+        secret_args: secret_args.unwrap_or_default(),
+        volatile,
     };
     problems.finish(manifest)
 }
@@ -208,7 +213,7 @@ fn network(problems: &mut Fields, given: Option<&Value>) -> Option<BackendKind> 
     problems.choice(given, "network", "backend", &BackendKind::ALL.map(|kind| (kind.name(), kind)))
 }
 
-fn lxd_templates(problems: &mut Fields, given: Option<&Value>) -> Vec<LxdTemplate> {
+fn lxd_templates(problems: &mut Fields, given: Option<&Value>, is_judged: bool) -> Vec<LxdTemplate> {
     let field = "lxd";
     let empty = Map::new();
     let Some(given) = given.and_then(|given| problems.object(given, field, &["templates", "files"])) else { return Vec::new() };
@@ -228,7 +233,7 @@ fn lxd_templates(problems: &mut Fields, given: Option<&Value>) -> Vec<LxdTemplat
             None => problems.add(format!("{field}.files[{name:?}]"), format!("must be a string, not {}", hint::kind_of(source))),
         }
     }
-    lxd::read(templates, &files).unwrap_or_else(|wrong| {
+    lxd::read(templates, &files, is_judged).unwrap_or_else(|wrong| {
         wrong.into_iter().for_each(|(at, why)| problems.add(format!("{field}.{at}"), why));
         Vec::new()
     })

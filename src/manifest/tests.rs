@@ -87,7 +87,7 @@ fn an_original_of_2010_works_unchanged() {
     assert!(manifest.rootfs().is_none() && manifest.filesystem().is_none() && manifest.disk_size().is_none());
     let args = manifest.resolve_args(json!({"hostname": "web1"}).as_object().expect("an object")).expect("right");
     assert_eq!(Value::Object(args), json!({"hostname": "web1", "swappiness": 60}));
-    let volatile = manifest.volatile_patterns();
+    let volatile = manifest.volatile_patterns().expect("compiled before");
     for (given, want) in [
         ("/var/log/syslog", true),
         ("/var/log/apt", false),

@@ -1,4 +1,4 @@
-//! Inject: facts + instance configuration → edits and a report. Pure; the edits of the manifest's templates and those of `guest` in one list.
+//! Inject: facts + instance configuration → edits and a report. Pure but for the process that expands templates; the edits of the manifest's templates and those of `guest` in one list.
 
 use std::collections::BTreeSet;
 
@@ -32,6 +32,7 @@ use crate::{
     },
     store::records::GoldenSpec,
     units::Timestamp,
+    worker::Launcher,
 };
 
 /// Namespace of the identities of instances (UUIDv5); drawn once, for good.
@@ -58,8 +59,9 @@ pub fn identity(instance: &InstanceName, seed: Secret) -> Result<Identity> {
     Identity::derive(&INSTANCE_NAMESPACE, instance, seed)
 }
 
-/// Computes the edits of a render; `now` is stamped on what is touched.
+/// Computes the edits of a render; `now` is stamped on what is touched. Templates are expanded by `launcher`.
 pub fn inject(
+    launcher: &Launcher,
     resolved: &Resolved,
     render: &ResolvedRender,
     golden: &LoadedGolden,
@@ -71,7 +73,9 @@ pub fn inject(
     let filesystem_uuid = root_uuid(&golden.record.spec, identity);
     let image = apply::ImageInfo { id: resolved.image.record.id.clone(), name: resolved.image.manifest.name().to_owned() };
     let context = apply::context(config, &render.args, &image);
-    let mut edits = apply::template_edits(&resolved.image.manifest, &golden.facts, &context)?;
+    let mut edits = apply::template_edits(&resolved.image.manifest, &golden.facts, context, |sources, context, secret_args| {
+        launcher.expand(sources, context, secret_args)
+    })?;
     let claimed: BTreeSet<String> = resolved.image.manifest.templates().iter().map(ToString::to_string).collect();
     mount_esp(golden, identity.disk_guid, &mut mounts);
     let root = RootMount { source: format!("UUID={filesystem_uuid}"), fs: golden.record.spec.filesystem, mounts };
@@ -87,7 +91,7 @@ pub fn inject(
     Labeller::of(&golden.facts, config.setup.selinux).0.label(&mut edits);
     let mut templates = changes(&edits)?;
     edits.extend(injection.edits);
-    let lxd = lxd_edits(resolved, golden, &config, &edits)?;
+    let lxd = lxd_edits(launcher, resolved, golden, &config, &edits)?;
     templates.extend(changes(&lxd.edits)?);
     edits.extend(lxd.edits);
     let boot = boot_edits(resolved, golden, filesystem_uuid, identity.disk_guid, &edits)?;
@@ -152,11 +156,11 @@ fn changes(edits: &[Edit]) -> Result<Vec<Value>> {
 }
 
 /// What the image's own templates write, in LXD's words, but for what is written already.
-fn lxd_edits(resolved: &Resolved, golden: &LoadedGolden, config: &InstanceConfig, others: &[Edit]) -> Result<lxd::Applied> {
+fn lxd_edits(launcher: &Launcher, resolved: &Resolved, golden: &LoadedGolden, config: &InstanceConfig, others: &[Edit]) -> Result<lxd::Applied> {
     let manifest = &resolved.image.manifest;
     let has_secrets = config.args.keys().any(|name| manifest.is_secret_arg(name));
     let instance = lxd::Instance { config, arch: &golden.record.spec.arch, has_secrets };
-    let mut applied = lxd::apply(manifest.lxd_templates(), &golden.facts, &instance, others)?;
+    let mut applied = lxd::apply(manifest.lxd_templates(), &golden.facts, &instance, others, |requests| launcher.expand_lxd(requests))?;
     Labeller::of(&golden.facts, config.setup.selinux).0.label(&mut applied.edits);
     Ok(applied)
 }

@@ -36,6 +36,7 @@ pub mod inject;
 pub mod jobs;
 pub mod keys;
 mod machine;
+mod manifests;
 pub mod plan;
 pub mod prerender;
 pub mod quota;
@@ -102,6 +103,7 @@ pub struct Engine {
     /// For signatures: the same sources, little patience for large files.
     signature_fetcher: Fetcher,
     keys: keys::Keys,
+    manifests: manifests::Manifests,
     host: Mutex<Option<(Instant, Arc<HostInfo>)>>,
     loaded: Mutex<Vec<Arc<LoadedGolden>>>,
     pub(crate) fetches: Flights<String>,
@@ -158,6 +160,7 @@ impl Engine {
             kernels: SuppliedKernels::new(config.kernels.iter().map(KernelConfig::source).collect()),
             signature_fetcher,
             keys,
+            manifests: Default::default(),
             host: Mutex::new(None),
             loaded: Mutex::new(Vec::new()),
             fetches: Flights::default(),

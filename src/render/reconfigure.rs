@@ -212,7 +212,7 @@ impl Engine {
         let mut config = config_of(wanted, record, facts);
         let mut edits = Vec::new();
         if wanted.expand_templates {
-            config.args = manifest.resolve_args(&config.args).map_err(|error| error.under_field("instance"))?;
+            config.args = self.launcher.resolve_args(manifest, &config.args).map_err(|error| error.under_field("instance"))?;
             edits = self.template_edits(record, manifest, &config)?;
         } else if config.args.is_empty() {
             config.args = recorded_args(facts);
@@ -252,7 +252,8 @@ impl Engine {
                 .with_hint("prerender the image, or reconfigure without expand_templates")
         })?;
         let info = apply::ImageInfo { id: record.mapping.image_id.clone(), name: manifest.name().to_owned() };
-        apply::template_edits(manifest, &golden.facts, &apply::context(config, &config.args, &info))
+        let context = apply::context(config, &config.args, &info);
+        apply::template_edits(manifest, &golden.facts, context, |sources, context, secret_args| self.launcher.expand(sources, context, secret_args))
     }
 
     /// What the log says about the change: the volume, and every row of its instance.

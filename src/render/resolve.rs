@@ -116,14 +116,14 @@ impl Engine {
                 .with_reason("IMAGE_NOT_FOUND")
                 .with_violation("spec.image_id", "is not catalogued")
         })?;
-        let manifest = Arc::new(Manifest::parse(record.manifest.as_bytes())?);
+        let manifest = self.manifest_of(&record)?;
         Ok(Image { record, manifest })
     }
 
     /// Catalogues a manifest; gives the row and whether it is new.
     pub fn create_image(&self, manifest: VouchedManifest<'_>, rootfs_digest: &str, rootfs_url: &str) -> Result<(ImageRecord, bool)> {
         let manifest_json = manifest.as_str();
-        let manifest = Manifest::parse(manifest_json.as_bytes()).map_err(|error| error.under_field("manifest_json"))?;
+        let manifest = self.read_manifest(manifest_json).map_err(|error| error.under_field("manifest_json"))?;
         let given: Option<Digest> = match rootfs_digest {
             "" => None,
             text => Some(text.parse().map_err(|why: String| Error::field(Stage::Request, "rootfs_digest", why))?),
@@ -275,7 +275,7 @@ impl Engine {
                 let format = format_for(&pool, spec.format, "spec.format")?;
                 spec.options.check(format).map_err(|error| error.under_field("spec"))?;
                 self.check_size(&spec, &golden)?;
-                let args = image.manifest.resolve_args(&spec.instance.args).map_err(|error| error.under_field("spec.instance"))?;
+                let args = self.launcher.resolve_args(&image.manifest, &spec.instance.args).map_err(|error| error.under_field("spec.instance"))?;
                 let devices = devices::resolve(self, &image.manifest, &spec)?;
                 let canonical = spec.canonical.clone();
                 let render = ResolvedRender { spec, pool, format, args, devices, replaces: None, attached: Vec::new() };

@@ -36,6 +36,7 @@ use crate::{
     },
     target::{Place, Proof, Staged, Volume, VolumeFormat, VolumePlan, Wanted, target_for},
     units::{PATCH_BLOCK, Timestamp},
+    worker::Launcher,
 };
 
 /// What is written per instance beside the patch, at most: headers and tables of an overlay, metadata of an empty filesystem.
@@ -108,7 +109,7 @@ impl Engine {
             let size_bytes = render.spec.size_bytes.unwrap_or(resolved.golden.size_bytes());
             let ready = match golden {
                 Some(golden) => {
-                    let prepared = prepare(&resolved, render, &golden, size_bytes, &Progress::default())?;
+                    let prepared = prepare(&engine.launcher, &resolved, render, &golden, size_bytes, &Progress::default())?;
                     let Prepared { injected, patch, .. } = prepared;
                     let has_keys = render.replaces.as_ref().is_some_and(|record| record.seed.is_some());
                     let keys = if has_keys { plan::HostKeys::Kept } else { plan::HostKeys::Drawn };
@@ -137,7 +138,7 @@ impl Engine {
         progress.enter(Stage::Inject, 0);
         let size_bytes = volume_size(render, golden)?;
         let _promised = self.check_targets(render, golden, size_bytes)?;
-        let prepared = prepare(resolved, render, golden, size_bytes, progress)?;
+        let prepared = prepare(&self.launcher, resolved, render, golden, size_bytes, progress)?;
         progress.check()?;
         progress.enter(Stage::Target, 0);
         let mut staged: Vec<(Box<dyn Staged>, Option<Filesystem>)> = Vec::new();
@@ -393,7 +394,14 @@ impl Made {
 }
 
 /// Computes everything about a render that can be computed without writing.
-fn prepare(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, size_bytes: u64, progress: &Progress) -> Result<Prepared> {
+fn prepare(
+    launcher: &Launcher,
+    resolved: &Resolved,
+    render: &ResolvedRender,
+    golden: &LoadedGolden,
+    size_bytes: u64,
+    progress: &Progress,
+) -> Result<Prepared> {
     let now = now_timestamp();
     // The same instance rendered again is the same instance.
     let seed = match render.replaces.as_ref().and_then(|record| record.seed.clone()) {
@@ -403,7 +411,7 @@ fn prepare(resolved: &Resolved, render: &ResolvedRender, golden: &LoadedGolden, 
     let identity = inject::identity(&render.spec.instance.instance, seed)?;
     let image = open_root(golden)?;
     let mounts = devices::mounts::mounts(&render.devices, image.as_ref(), |device| device_uuid(&identity, device))?;
-    let injected = inject::inject(resolved, render, golden, &identity, mounts, now)?;
+    let injected = inject::inject(launcher, resolved, render, golden, &identity, mounts, now)?;
     progress.check()?;
     progress.enter(Stage::Edit, 0);
     let (plan, patch) = patch_of(golden, &injected, size_bytes, progress)?;

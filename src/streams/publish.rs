@@ -26,7 +26,6 @@ use super::{Limits, Products, date, platforms, signing::Signer};
 use crate::{
     config::streams::Publish,
     error::{Error, Kind, Result, Stage},
-    manifest::Manifest,
     matching,
     names::Digest,
     render::{Engine, now_secs},
@@ -150,7 +149,7 @@ impl Engine {
                     continue;
                 }
             };
-            let manifest = Manifest::parse(record.manifest.as_bytes())?;
+            let manifest = self.manifest_of(&record)?;
             let items = self.published_items(&record, digest, size, &mut plan)?;
             let arch = manifest.arch().unwrap_or(std::env::consts::ARCH).to_owned();
             let image = matching::Image::of_manifest(&row.name, &manifest);

@@ -5,6 +5,9 @@
 //!  Unwrap       header of an encrypted tarball + identities ─▶ the key of this file
 //!  Verify       signature + keys, over the file or the bytes that are passed ─▶ who signed
 //!  Clearsigned  document in the file + keys ─▶ what is signed, and who signed
+//!  Manifest     a manifest ─▶ its document, which arguments are secret
+//!  Args         a schema + arguments ─▶ arguments with defaults
+//!  Templates    templates + what they see ─▶ files
 //!  LxdMetadata  metadata tarball of Incus or LXD in the file ─▶ its part of a manifest
 //! ```
 //!
@@ -21,7 +24,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Launcher, child, died,
+    Launcher, child, died, manifest,
     wire::{Reply, WireError},
 };
 use crate::{
@@ -59,6 +62,14 @@ pub(super) enum Task {
     Clearsigned { object: String, now: SystemTime },
     /// No part.
     LxdMetadata { object: String },
+    /// Its text.
+    Manifest,
+    /// JSON.
+    Args,
+    /// JSON.
+    Templates,
+    /// JSON.
+    LxdTemplates,
 }
 
 /// An answer.
@@ -186,10 +197,7 @@ impl Launcher {
         if self.settings.confine == Confine::Off {
             return lxd::import::tarball(again(tarball, object)?, object);
         }
-        match self.ask(Task::LxdMetadata { object: object.to_owned() }, &[], Some(tarball), METADATA_LEN_MAX)? {
-            (Answer::Described, json) => serde_json::from_slice(&json).map_err(|error| died("its answer can't be read").with_source(error)),
-            _ => Err(died("its answer is to another question")),
-        }
+        self.described(Task::LxdMetadata { object: object.to_owned() }, &[], Some(tarball), METADATA_LEN_MAX)
     }
 
     /// Which layers of confinement this host does not give, in words; none when workers are not confined at all. Asks a process.
@@ -207,6 +215,7 @@ impl Launcher {
 /// What readers can't find out once they are confined, for the process that they are copies of.
 pub(super) fn prepare() -> Result<()> {
     age::prepare();
+    manifest::prepare()?;
     child::prepare(false)
 }
 
@@ -247,6 +256,9 @@ fn answer(task: &Task, data: &[u8], file: Option<File>) -> Result<(Answer, Vec<u
             Ok((Answer::Payload(signer), payload))
         }
         Task::LxdMetadata { object } => Ok((Answer::Described, lxd::import::tarball(again(file()?, object)?, object)?.to_string().into_bytes())),
+        Task::Manifest | Task::Args | Task::Templates | Task::LxdTemplates => {
+            manifest::answer(task, data)?.map(|json| (Answer::Described, json)).ok_or_else(wrong)
+        }
     }
 }
 

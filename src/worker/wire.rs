@@ -23,6 +23,8 @@ use crate::{
 
 /// Bytes of all boot loaders together.
 pub(super) const LOADERS_BYTES_MAX: usize = 64 << 20;
+/// Violations of one error that are kept: as many as a manifest may have.
+const VIOLATIONS_MAX: usize = 64;
 /// Bytes of one text of an error that are kept.
 const TEXT_BYTES_MAX: usize = 4096;
 
@@ -159,7 +161,7 @@ pub(super) struct WireError {
 #[error("{0}")]
 struct Told(String);
 
-const STAGES: [Stage; 6] = [Stage::Manifest, Stage::Resolve, Stage::Fetch, Stage::Golden, Stage::Edit, Stage::Host];
+const STAGES: [Stage; 8] = [Stage::Request, Stage::Manifest, Stage::Resolve, Stage::Fetch, Stage::Golden, Stage::Inject, Stage::Edit, Stage::Host];
 
 /// Reasons that come out of a build, beside those that follow from the kind. A test compares it with the sources.
 const REASONS: &[&str] = &[
@@ -198,7 +200,9 @@ const REASONS: &[&str] = &[
     "KERNEL_FORMAT_UNKNOWN",
     "LXD_METADATA",
     "MANIFEST_INVALID",
+    "MANIFEST_SYNTAX",
     "PARTITION_TABLE_CORRUPT",
+    "REMOTE_SCHEMA_REFERENCE",
     "ROOTFS_FORMAT_UNKNOWN",
     "ROOTFS_PREFIX",
     "ROOTFS_TOO_LARGE",
@@ -211,8 +215,14 @@ const REASONS: &[&str] = &[
     "SIGNATURE_MALFORMED",
     "SIGNATURE_WEAK",
     "SIGNED_GRUB_UNKNOWN",
+    "TEMPLATE_FAILED",
+    "TEMPLATE_JAVASCRIPT",
     "TEMPLATE_LIMIT",
+    "TEMPLATE_NOT_A_FILE",
+    "TEMPLATE_NOT_IN_IMAGE",
     "TEMPLATE_SYNTAX",
+    "TEMPLATE_TOO_LARGE",
+    "TEMPLATE_UNDEFINED",
     "TOO_MANY_LINKS",
     "VOLATILE_PATTERN_TOO_COSTLY",
     "XATTR_TOO_BIG",
@@ -257,7 +267,7 @@ impl WireError {
         if let Some(hint) = self.hint {
             error = error.with_hint(cut(&hint));
         }
-        for (field, description) in self.violations.into_iter().take(16) {
+        for (field, description) in self.violations.into_iter().take(VIOLATIONS_MAX) {
             error = error.with_violation(cut(&field), cut(&description));
         }
         error
@@ -295,17 +305,22 @@ mod tests {
         };
         let error = made_up.into_error();
         assert_eq!((error.kind(), error.stage(), error.reason()), (Kind::Internal, Stage::Golden, "INTERNAL"));
-        assert!(error.object().len() <= TEXT_BYTES_MAX && error.message().len() <= TEXT_BYTES_MAX && error.violations().len() <= 17);
+        assert!(error.object().len() <= TEXT_BYTES_MAX && error.message().len() <= TEXT_BYTES_MAX && error.violations().len() <= VIOLATIONS_MAX + 1);
     }
 
     #[test]
     fn every_reason_of_the_code_that_runs_in_a_worker_is_known() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        let mut files = ["manifest/volatile.rs", "render/fill.rs", "render/study.rs", "guest/from_image.rs", "guest/watch.rs"]
-            .map(|file| root.join(file))
-            .to_vec();
-        let mut folders =
-            vec![root.join("tree"), root.join("ext4/format"), root.join("ext4/read"), root.join("ext4/edit"), root.join("boot"), root.join("disk")];
+        let mut files = ["render/fill.rs", "render/study.rs", "guest/from_image.rs", "guest/watch.rs"].map(|file| root.join(file)).to_vec();
+        let mut folders = vec![
+            root.join("manifest"),
+            root.join("tree"),
+            root.join("ext4/format"),
+            root.join("ext4/read"),
+            root.join("ext4/edit"),
+            root.join("boot"),
+            root.join("disk"),
+        ];
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(&folder).expect("a folder of the crate").flatten() {
                 let path = entry.path();

@@ -8,14 +8,25 @@ use std::{
 };
 
 use cloudletd::{
-    config::worker::Worker,
+    config::worker::{Confine, Worker},
     error::Error,
+    manifest::{
+        apply::{Expanded, Source},
+        lxd::pongo,
+    },
     trust::minisign::Keys,
     worker::{Launcher, Signed, Vouching},
 };
+use serde_json::{Map, Value, json};
+
+use crate::common::{daemon::Daemon, fixture};
 
 fn launcher() -> Launcher {
     Launcher::new(&Worker::default()).with_program(env!("CARGO_BIN_EXE_cloudletd"))
+}
+
+fn in_process() -> Launcher {
+    Launcher::new(&Worker { confine: Confine::Off, ..Worker::default() })
 }
 
 /// A key, and its signature over `hello`.
@@ -170,4 +181,132 @@ fn a_fork_server_that_was_killed_is_started_again_by_the_next_question() {
         let after = workers().0;
         assert!(after.len() == 1 && after != before, "{before:?} {after:?}");
     });
+}
+
+/// All that a caller sees of an error.
+fn shown(error: &Error) -> impl PartialEq + std::fmt::Debug + use<> {
+    let violations: Vec<_> = error.violations().iter().map(|violation| (violation.field.clone(), violation.description.clone())).collect();
+    (error.kind(), error.stage(), error.object().to_owned(), error.chain(), error.reason(), error.hint().map(str::to_owned), violations)
+}
+
+#[test]
+fn a_manifest_is_the_same_whoever_reads_it() {
+    let (confined, inside) = (launcher(), in_process());
+    let (mut right, mut wrong) = (0, 0);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/manifests");
+    let files = ["valid", "invalid"].map(|kind| fs::read_dir(folder.join(kind)).expect("manifests")).into_iter().flatten();
+    let texts = files.map(|file| file.expect("a file").path()).filter(|path| path.extension().is_some_and(|end| end == "json"));
+    let texts = texts.map(|path| fs::read_to_string(path).expect("text"));
+    let many_problems = Value::from_iter((0..100).map(|n| (format!("field{n}"), Value::from(n)))).to_string();
+    for text in texts.chain([String::new(), "[".repeat(100_000), "\u{0}".into(), many_problems, format!("\"{}\"", "x".repeat(2 << 20))]) {
+        match (confined.manifest(&text), inside.manifest(&text)) {
+            (Ok(confined), Ok(inside)) => {
+                // Everything that is in one, but for the order of the document's members.
+                assert_eq!(format!("{confined:?}"), format!("{inside:?}"));
+                right += 1;
+            }
+            (Err(confined), Err(inside)) => {
+                assert_eq!(shown(&confined), shown(&inside), "{}", text.chars().take(200).collect::<String>());
+                wrong += 1;
+            }
+            (confined, inside) => panic!("{confined:?} {inside:?}"),
+        }
+    }
+    assert!(right >= 5 && wrong >= 25, "{right} {wrong}");
+    for call in ["open", "socket", "execve", "fork"] {
+        let error = confined.clone().with_misdeed(call).manifest("{}").expect_err(call);
+        assert!(error.reason() == "WORKER_DIED" && error.message().contains("SIGSYS"), "{call}: {}", error.chain());
+    }
+}
+
+#[test]
+fn arguments_and_templates_are_the_same_whoever_reads_them() {
+    let (confined, inside) = (launcher(), in_process());
+    let manifest = json!({
+        "args": {"port": {"type": "integer", "default": 80, "maximum": 65535}, "name": {"type": "string", "pattern": "^[a-z]+$"},
+                 "password": {"type": "string", "format": "password", "optional": true}},
+    });
+    let manifest = confined.manifest(&manifest.to_string()).expect("right");
+    for given in
+        [json!({"name": "web"}), json!({"name": "Web", "port": 70_000}), json!({"nmae": "web"}), json!({"name": "web", "password": "hunter2\u{7}"})]
+    {
+        let given = given.as_object().expect("an object").clone();
+        match (confined.resolve_args(&manifest, &given), inside.resolve_args(&manifest, &given)) {
+            (Ok(confined), Ok(inside)) => assert_eq!(confined, inside),
+            (Err(confined), Err(inside)) => assert_eq!(shown(&confined), shown(&inside)),
+            other => panic!("{other:?}"),
+        }
+    }
+    let none = confined.manifest("{}").expect("right");
+    // Nobody is asked: there is nothing foreign in it.
+    assert_eq!(confined.clone().with_misdeed("open").resolve_args(&none, &Map::new()).expect("no arguments"), Map::new());
+    assert!(confined.resolve_args(&none, json!({"a": 1}).as_object().expect("an object")).is_err());
+
+    let context = json!({"args": {"port": 8080, "password": "hunter2", "list": [1, 2]}, "instance": {"name": "web-1"}});
+    let source = |text: &str| Source { field: "templates[0]".into(), path: "/etc/app".into(), text: text.into() };
+    for text in [
+        "<%= args.port %>\n\u{1}é",
+        "<%= args.password %>",
+        "<% for x in args.list %><%= x %>,<% endfor %>",
+        "<%= nothing %>",
+        "<% if %>",
+        "<%= args.password / 2 %>",
+    ] {
+        let sources = || vec![source("plain <%= instance.name %>"), source(text)];
+        match (confined.expand(sources(), context.clone(), manifest.secret_args()), inside.expand(sources(), context.clone(), manifest.secret_args()))
+        {
+            (Ok(confined), Ok(inside)) => {
+                assert_eq!(confined, inside);
+                assert_eq!(confined[0], Expanded { text: "plain web-1".into(), is_secret: false });
+                assert_eq!(confined[1].is_secret, text.contains("password"));
+            }
+            (Err(confined), Err(inside)) => {
+                assert_eq!(shown(&confined), shown(&inside));
+                assert!(!confined.chain().contains("hunter2"), "{}", confined.chain());
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    // As much as templates may write, every byte of it escaped on its way.
+    let large = json!({"args": {"block": "\u{1}".repeat(60_000)}});
+    let sources: Vec<Source> = (0..8).map(|_| source(&"<%= args.block %>".repeat(17))).collect();
+    let written = confined.expand(sources.clone(), large.clone(), manifest.secret_args()).expect("8 MiB");
+    assert_eq!(written.iter().map(|file| file.text.len()).sum::<usize>(), 8 * 17 * 60_000);
+
+    let context = pongo::Context { config: [("user.port".to_owned(), "8080".to_owned())].into(), trigger: "create".into(), ..Default::default() };
+    let request = |source: &'static str| pongo::Request { name: "x.tpl".into(), source: source.into(), context: context.clone() };
+    for source in ["{{ config_get(\"user.port\", \"80\") }} {{ trigger }}", "{% for x in y %}", "{{"] {
+        match (confined.expand_lxd(&[request("a"), request(source)]), inside.expand_lxd(&[request("a"), request(source)])) {
+            (Ok(confined), Ok(inside)) => assert_eq!((confined, inside[1].as_str()), (vec!["a".to_owned(), "8080 create".to_owned()], "8080 create")),
+            (Err(confined), Err(inside)) => assert_eq!(shown(&confined), shown(&inside)),
+            other => panic!("{other:?}"),
+        }
+    }
+    for call in ["open", "socket", "execve", "fork"] {
+        let launcher = confined.clone().with_misdeed(call);
+        let died = [
+            launcher.resolve_args(&manifest, &Map::new()).map(drop),
+            launcher.expand(vec![source("<%= 1 %>")], json!({}), manifest.secret_args()).map(drop),
+            launcher.expand_lxd(&[request("a")]).map(drop),
+        ];
+        died.into_iter().for_each(|result| assert_eq!(result.expect_err(call).reason(), "WORKER_DIED"));
+    }
+}
+
+#[test]
+fn a_daemon_whose_fork_server_is_killed_reads_the_next_manifest_all_the_same() {
+    let daemon = Daemon::start("");
+    let (path, url) = (daemon.directory().join("manifest.json"), format!("file://{}", fixture::get("bookworm-ifupdown").tarball.display()));
+    let id_of = |name: &str| {
+        fs::write(&path, json!({"name": name, "rootfs": {"url": url}}).to_string()).expect("written");
+        let said = daemon.script_ok("create-image.sh", &[path.to_str().expect("text")]);
+        said.split_whitespace().find(|word| word.starts_with("img-")).expect("an id").to_owned()
+    };
+    let first = id_of("first");
+    let servers = crate::worker::workers_of(daemon.pid());
+    assert_eq!(servers.len(), 1, "{servers:?}");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(servers[0]), nix::sys::signal::Signal::SIGKILL).expect("it was there");
+    let second = id_of("second");
+    let said = daemon.script_ok("list-images.sh", &[]);
+    assert!(said.contains(&first) && said.contains(&second), "{said}");
 }

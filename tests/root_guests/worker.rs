@@ -245,7 +245,7 @@ fn a_cancelled_build_ends_its_worker_at_once() {
 }
 
 /// Processes of this daemon that are workers.
-fn workers_of(daemon: u32) -> Vec<i32> {
+pub fn workers_of(daemon: u32) -> Vec<i32> {
     let children = fs::read_dir(format!("/proc/{daemon}/task")).expect("a running daemon");
     let is_worker = |pid: &i32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"\0worker\0"));
     let lists = children.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
@@ -266,11 +266,13 @@ fn a_worker_killed_in_the_middle_leaves_nothing_in_the_daemons_store() {
     let id = created.split_whitespace().find(|word| word.starts_with("img-")).expect("an id").to_owned();
     let killer = {
         let pid = daemon.pid();
+        // What read the manifest is one too, and stays.
+        let before = workers_of(pid);
         std::thread::spawn(move || {
             let give_up = Instant::now() + Duration::from_secs(30);
             loop {
                 assert!(Instant::now() < give_up, "no worker was seen");
-                if let Some(worker) = workers_of(pid).first() {
+                if let Some(worker) = workers_of(pid).iter().find(|worker| !before.contains(worker)) {
                     std::thread::sleep(Duration::from_millis(300));
                     return nix::sys::signal::kill(nix::unistd::Pid::from_raw(*worker), nix::sys::signal::Signal::SIGKILL).is_ok();
                 }

@@ -29,14 +29,11 @@ use crate::{
         facts::{GuestFacts, NodeKind},
         plan::canonical,
     },
-    manifest::template::OUTPUT_LEN_MAX,
     names::GuestPath,
 };
 
 /// Templates of an image; published ones have up to ten.
 pub const TEMPLATES_MAX: usize = 64;
-/// Bytes that all templates of an image may write together.
-const OUTPUT_TOTAL_MAX: usize = 8 * OUTPUT_LEN_MAX;
 /// Where NoCloud's seeds are: the request's own is in one of its directories, and cloud-init would merge another one into it.
 const SEEDS: &str = "/var/lib/cloud/seed/";
 
@@ -141,10 +138,17 @@ pub struct Applied {
     pub notes: Vec<String>,
 }
 
-/// Renders the templates that apply to a new instance. `others` are the edits that go before and are not overwritten.
+/// Renders the templates that apply to a new instance. `others` are the edits that go before and are not overwritten; `render` is [`pongo::render_all`], here
+/// or in another process.
 ///
-/// Errors are `Kind::InvalidRequest` with the template's name: those of [`pongo::render`], `TEMPLATE_NOT_A_FILE`, `TEMPLATE_LIMIT`.
-pub fn apply(templates: &[LxdTemplate], facts: &GuestFacts, instance: &Instance<'_>, others: &[Edit]) -> Result<Applied> {
+/// Errors are `Kind::InvalidRequest` with the template's name: `TEMPLATE_NOT_A_FILE`, and those of `render`.
+pub fn apply(
+    templates: &[LxdTemplate],
+    facts: &GuestFacts,
+    instance: &Instance<'_>,
+    others: &[Edit],
+    render: impl FnOnce(&[pongo::Request<'_>]) -> Result<Vec<String>>,
+) -> Result<Applied> {
     let taken: BTreeSet<String> = others
         .iter()
         .filter(|edit| !matches!(edit.op, EditOp::MakeDir { .. } | EditOp::Remove))
@@ -152,7 +156,7 @@ pub fn apply(templates: &[LxdTemplate], facts: &GuestFacts, instance: &Instance<
         .collect();
     let mut applied = Applied::default();
     let mut context = pongo::Context { instance: instance.properties(), config: instance.config(), ..pongo::Context::default() };
-    let mut total = 0;
+    let mut requests = Vec::new();
     for template in templates {
         let given = template.path.display().into_owned();
         let (path, there) = match facts.resolve(&given) {
@@ -191,20 +195,20 @@ pub fn apply(templates: &[LxdTemplate], facts: &GuestFacts, instance: &Instance<
         context.properties.clone_from(&template.properties);
         context.trigger = trigger.name().to_owned();
         context.path.clone_from(&given);
-        let content = pongo::render(&template.name, &template.source, &context)?;
-        total += content.len();
-        if total > OUTPUT_TOTAL_MAX {
-            let message = format!("the templates up to here write {total} bytes, the limit is {OUTPUT_TOTAL_MAX}");
-            return Err(Error::new(Kind::InvalidRequest, Stage::Inject, template.name.clone(), message).with_reason("TEMPLATE_LIMIT"));
-        }
+        requests.push(pongo::Request { name: (&template.name).into(), source: (&template.source).into(), context: context.clone() });
         let path = GuestPath::new(&path).map_err(|why| Error::new(Kind::Corrupt, Stage::Inject, path.escape_default().to_string(), why))?;
         applied.edits.push(Edit {
             path,
-            op: EditOp::WriteFile { content: content.into_bytes(), attrs },
+            op: EditOp::WriteFile { content: Vec::new(), attrs },
             why: format!("template {} of the image, when: {}", template.name, trigger.name()),
             // A template that looks into the configuration may print any of it.
             secret: instance.has_secrets && template.source.contains("config"),
         });
+    }
+    for (edit, text) in applied.edits.iter_mut().zip(render(&requests)?) {
+        if let EditOp::WriteFile { content, .. } = &mut edit.op {
+            *content = text.into_bytes();
+        }
     }
     Ok(applied)
 }
@@ -213,14 +217,19 @@ pub fn apply(templates: &[LxdTemplate], facts: &GuestFacts, instance: &Instance<
 pub type Problem = (String, String);
 
 /// Reads the `templates` of a `metadata.yaml` (or of a manifest) with the sources of the templates by name. Every problem is collected.
-pub fn read(templates: &Map<String, Value>, files: &BTreeMap<String, String>) -> std::result::Result<Vec<LxdTemplate>, Vec<Problem>> {
+/// Sources that somebody else has judged are not read.
+pub fn read(
+    templates: &Map<String, Value>,
+    files: &BTreeMap<String, String>,
+    is_judged: bool,
+) -> std::result::Result<Vec<LxdTemplate>, Vec<Problem>> {
     let mut problems = Vec::new();
     let mut read = Vec::new();
     if templates.len() > TEMPLATES_MAX {
         problems.push(("templates".to_owned(), format!("has {} templates, the limit is {TEMPLATES_MAX}", templates.len())));
     }
     for (path, value) in templates.iter().take(TEMPLATES_MAX) {
-        match one(path, value, files) {
+        match one(path, value, files, is_judged) {
             Ok(template) => read.push(template),
             Err((field, why)) => problems.push((format!("templates[{path:?}]{field}"), why)),
         }
@@ -230,7 +239,7 @@ pub fn read(templates: &Map<String, Value>, files: &BTreeMap<String, String>) ->
     if problems.is_empty() { Ok(read) } else { Err(problems) }
 }
 
-fn one(path: &str, value: &Value, files: &BTreeMap<String, String>) -> std::result::Result<LxdTemplate, Problem> {
+fn one(path: &str, value: &Value, files: &BTreeMap<String, String>, is_judged: bool) -> std::result::Result<LxdTemplate, Problem> {
     let wrong = |field: &str, why: String| (field.to_owned(), why);
     // LXD takes a relative one too.
     let path = GuestPath::from_member(path).map_err(|why| wrong("", why))?;
@@ -244,7 +253,9 @@ fn one(path: &str, value: &Value, files: &BTreeMap<String, String>) -> std::resu
     }
     let name = members.get("template").and_then(Value::as_str).ok_or_else(|| wrong(".template", "must name a template".into()))?;
     let source = files.get(name).ok_or_else(|| wrong(".template", format!("there is no template {name:?}")))?;
-    pongo::check(name, source).map_err(|error| wrong(".template", format!("{name}: {}", error.message())))?;
+    if !is_judged {
+        pongo::check(name, source).map_err(|error| wrong(".template", format!("{name}: {}", error.message())))?;
+    }
     let create_only = match members.get("create_only") {
         None => false,
         Some(value) => value.as_bool().ok_or_else(|| wrong(".create_only", "must be true or false".into()))?,

@@ -8,7 +8,9 @@
 //! As in pongo2, and unlike the templates of manifests: a member that is not there is nothing, which prints as nothing and is false; `true` prints as `True`.
 //! There are no loops, so what a template costs is bounded by its length; its output is capped.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
+
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
@@ -20,11 +22,13 @@ use crate::{
 
 /// Nested blocks and parentheses.
 const DEPTH_MAX: usize = 32;
+/// Bytes that all templates of an image may write together.
+const OUTPUT_TOTAL_MAX: usize = 8 * OUTPUT_LEN_MAX;
 /// Tags in a template.
 const TAGS_MAX: usize = 5_000;
 
 /// What a template sees.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Context {
     /// `container` and `instance`.
     pub instance: BTreeMap<String, String>,
@@ -47,6 +51,34 @@ pub fn render(name: &str, source: &str, context: &Context) -> Result<String> {
             .with_reason("TEMPLATE_LIMIT")
     })?;
     Ok(out)
+}
+
+/// A template to render.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request<'a> {
+    /// Its name.
+    pub name: Cow<'a, str>,
+    /// The template.
+    pub source: Cow<'a, str>,
+    /// What it sees.
+    pub context: Context,
+}
+
+/// Renders templates in the order given. Errors as those of [`render`], and `TEMPLATE_LIMIT` for all together.
+pub fn render_all(requests: &[Request<'_>]) -> Result<Vec<String>> {
+    let mut total = 0;
+    requests
+        .iter()
+        .map(|Request { name, source, context }| {
+            let text = render(name, source, context)?;
+            total += text.len();
+            if total > OUTPUT_TOTAL_MAX {
+                let message = format!("the templates up to here write {total} bytes, the limit is {OUTPUT_TOTAL_MAX}");
+                return Err(Error::new(Kind::InvalidRequest, Stage::Inject, name.as_ref(), message).with_reason("TEMPLATE_LIMIT"));
+            }
+            Ok(text)
+        })
+        .collect()
 }
 
 /// Checks a template without a context.
@@ -94,7 +126,7 @@ enum Operator {
 #[derive(Debug, Clone, PartialEq)]
 enum Value<'c> {
     Nothing,
-    Text(std::borrow::Cow<'c, str>),
+    Text(Cow<'c, str>),
     Number(i64),
     Bool(bool),
     Map(&'c BTreeMap<String, String>),

@@ -80,7 +80,7 @@ fn facts() -> GuestFacts {
 
 fn applied(templates: &[LxdTemplate], config: &str, facts: &GuestFacts, others: &[Edit]) -> Result<Applied> {
     let config = decode::from_json(config.as_bytes(), Some(&"web1".parse().expect("name"))).expect("valid").config;
-    apply(templates, facts, &Instance { config: &config, arch: "x86_64", has_secrets: false }, others)
+    apply(templates, facts, &Instance { config: &config, arch: "x86_64", has_secrets: false }, others, pongo::render_all)
 }
 
 fn written(applied: &Applied) -> Vec<(String, String, u16)> {
