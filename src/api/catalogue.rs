@@ -13,7 +13,7 @@ use crate::{
     proto::{self, catalogue_service_server::CatalogueService},
     render::{Engine, blocking, now_secs},
     store::catalog::names::Deprecation,
-    streams::{Filters, platforms, sync::Offered},
+    streams::{Filters, document::Limits, platforms, sync::Offered},
 };
 
 /// Bytes of a document of platforms in a request.
@@ -63,7 +63,13 @@ impl Catalogue {
             text if text.len() > PLATFORMS_LEN_MAX => {
                 return Err(Error::field(Stage::Request, "platforms_json", format!("has {} bytes, the limit is {PLATFORMS_LEN_MAX}", text.len())));
             }
-            text => platforms::parse(text.as_bytes()).map_err(|error| Error::field(Stage::Request, "platforms_json", error.message().to_owned()))?,
+            text => {
+                let read = self.0.launcher.stream_products(text.as_bytes(), &Limits::default()).and_then(|products| platforms::of(&products));
+                read.map_err(|error| match error.kind() {
+                    Kind::Internal => error,
+                    _ => Error::field(Stage::Request, "platforms_json", error.message().to_owned()),
+                })?
+            }
         };
         if !request.platforms.is_empty() {
             if let Some(unknown) = request.platforms.iter().find(|name| !platforms.iter().any(|platform| platform.name == **name)) {

@@ -12,6 +12,7 @@ use crate::{
     names::PoolName,
     source,
     streams::Filters,
+    trust::openpgp::DOCUMENT_BYTES_MAX,
     units::{Bytes, MIB},
 };
 
@@ -48,7 +49,7 @@ pub struct StreamConfig {
     pub interval_secs: u64,
     /// Age of a document in seconds beyond which it is refused: a mirror that was frozen shows no updates either. Default: none.
     pub max_age_secs: Option<u64>,
-    /// Largest document.
+    /// Largest document, at most 256 MiB.
     #[serde(default = "document_size")]
     pub max_document_size: Bytes,
     /// Largest root filesystem; `fetch.max_size` holds as well.
@@ -148,6 +149,10 @@ pub(super) fn check(streams: &[StreamConfig], publish: &Publish) -> Result<()> {
         }
         if let Err(why) = Filters::parse(&stream.filters) {
             return wrong(&at("filters"), why);
+        }
+        if stream.max_document_size.0 > DOCUMENT_BYTES_MAX as u64 {
+            let why = format!("{} is more than {}", stream.max_document_size, Bytes(DOCUMENT_BYTES_MAX as u64));
+            return wrong(&at("max_document_size"), why);
         }
         if stream.keep == 0 {
             return wrong(&at("keep"), "must be at least 1".into());

@@ -16,7 +16,7 @@
 //! seccomp is the wall; the rest is what an attacker finds behind it should the kernel's filter or its list be wrong.
 //!
 //! A process that is confined as a fork server ([`ForkServer`]) reads nothing foreign itself. Its filter lets it make children by fork(2), take
-//! descriptors and end children; each child gives that up ([`ForkServer::become_reader`]) and then has the filter of every other reader.
+//! descriptors and end children; each child gives that up ([`ForkedChild::become_reader`]) and then has the filter of every other reader.
 
 use std::{collections::BTreeMap, io, path::Path};
 
@@ -40,6 +40,8 @@ const NOBODY: u32 = 65534;
 const DESCRIPTORS_MAX: u64 = 64;
 /// A directory that every host has; in the new mount namespace an empty one is put over it.
 const EMPTY_ROOT: &str = "/tmp";
+/// Stands for the process id in a filter that is compiled before there is a process. No process has it: the kernel's limit is 2^22 (PID_MAX_LIMIT).
+const PID_OF_CHILD: u32 = 0x5bad_c0de;
 /// Who the kernel ends first when memory runs out: this process rather than a guest.
 const OOM_SCORE: &str = "800";
 
@@ -61,19 +63,22 @@ pub struct Confined {
 
 /// Confines this process for good. An error means that it may be confined by half: it has to end without reading anything.
 pub fn confine(limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
-    confine_by(&filters(Role::Reader)?, limits, before_filter)
+    confine_by(&filters(Role::Reader, std::process::id())?, limits, before_filter)
 }
 
 /// A process that is confined and makes readers. It was counted to have one thread when this was made; who has it makes no other.
 #[derive(Debug)]
 pub struct ForkServer {
     confined: Confined,
+    /// Compiled once for all children.
+    reader: Vec<BpfProgram>,
 }
 
 impl ForkServer {
     /// Confines this process.
     pub fn confine(limits: Limits) -> Result<ForkServer> {
-        confine_by(&filters(Role::ForkServer)?, limits, || {}).map(|confined| ForkServer { confined })
+        let reader = filters(Role::Reader, PID_OF_CHILD)?;
+        confine_by(&filters(Role::ForkServer, std::process::id())?, limits, || {}).map(|confined| ForkServer { confined, reader })
     }
 
     /// What was done.
@@ -95,9 +100,26 @@ impl ForkServer {
         Ok(child)
     }
 
-    /// Makes the child a reader. It has to have closed what it inherited and must not see; on an error it has to end.
+    /// Makes this process, a child, a reader as soon as that is called for: what takes time is done now. It has to have closed what it inherited and must not
+    /// see.
+    pub fn into_child(self) -> ForkedChild {
+        let pid = std::process::id();
+        let mut filters = self.reader;
+        filters.iter_mut().flatten().filter(|instruction| instruction.k == PID_OF_CHILD).for_each(|instruction| instruction.k = pid);
+        ForkedChild { filters }
+    }
+}
+
+/// A child of a fork server that may still take descriptors.
+#[derive(Debug)]
+pub struct ForkedChild {
+    filters: Vec<BpfProgram>,
+}
+
+impl ForkedChild {
+    /// Makes it a reader. On an error it has to end.
     pub fn become_reader(self) -> Result<()> {
-        install(&filters(Role::Reader)?)
+        install(&self.filters)
     }
 }
 
@@ -244,9 +266,9 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_getrandom,
 ];
 
-/// What a fork server may call beside: to take descriptors, watch its children and end them.
+/// What a fork server may call beside: to pass and take descriptors, watch its children and end them.
 const ALLOWED_TO_FORK_SERVER: &[libc::c_long] =
-    &[libc::SYS_recvmsg, libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal, libc::SYS_waitid, libc::SYS_getppid];
+    &[libc::SYS_sendmsg, libc::SYS_recvmsg, libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal, libc::SYS_waitid, libc::SYS_getppid];
 
 /// What a process may become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,7 +300,7 @@ enum Wanted {
 }
 
 /// The filters in the order they are installed; the kernel takes the strictest answer of all.
-fn filters(role: Role) -> Result<Vec<BpfProgram>> {
+fn filters(role: Role, pid: u32) -> Result<Vec<BpfProgram>> {
     let refuse = filter([(libc::SYS_clone3, Vec::new())].into(), SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     let executable = libc::PROT_EXEC as u64;
@@ -297,7 +319,7 @@ fn filters(role: Role) -> Result<Vec<BpfProgram>> {
         // Names of threads.
         (libc::SYS_prctl, vec![Wanted::Is(0, libc::PR_SET_NAME as u64)]),
         // abort(3) of this process.
-        (libc::SYS_tgkill, vec![Wanted::Is(0, getpid().as_raw() as u64)]),
+        (libc::SYS_tgkill, vec![Wanted::Is(0, u64::from(pid))]),
     ] {
         rules.insert(call, vec![rule(&wanted)?]);
     }
@@ -312,6 +334,7 @@ fn filters(role: Role) -> Result<Vec<BpfProgram>> {
         // What a child does before it is a reader: the parent-death signal, and the filter with what seccompiler sets before it. Each has a process id of its own.
         let options = [libc::PR_SET_NAME, libc::PR_SET_PDEATHSIG, libc::PR_SET_NO_NEW_PRIVS];
         rules.insert(libc::SYS_prctl, options.into_iter().map(|option| rule(&[Wanted::Is(0, option as u64)])).collect::<Result<_>>()?);
+        rules.insert(libc::SYS_socketpair, vec![rule(&[Wanted::Is(0, libc::AF_UNIX as u64)])?]);
         rules.insert(libc::SYS_seccomp, vec![rule(&[Wanted::Is(0, u64::from(libc::SECCOMP_SET_MODE_FILTER))])?]);
         rules.insert(libc::SYS_tgkill, Vec::new());
     }
@@ -346,9 +369,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_filter_for_children_names_its_process_once() {
+        let program = filters(Role::Reader, PID_OF_CHILD).expect("compiles");
+        assert_eq!(program.iter().flatten().filter(|instruction| instruction.k == PID_OF_CHILD).count(), 1);
+        let own = filters(Role::Reader, std::process::id()).expect("compiles");
+        let server = ForkServer { confined: Confined::default(), reader: program };
+        assert_eq!(server.into_child().filters, own);
+    }
+
+    #[test]
     fn the_filters_compile_for_this_machine_and_no_dangerous_call_is_in_them() {
         for role in [Role::Reader, Role::ForkServer] {
-            assert!(filters(role).expect("compiles").iter().all(|program| !program.is_empty()), "{role:?}");
+            assert!(filters(role, 1).expect("compiles").iter().all(|program| !program.is_empty()), "{role:?}");
         }
         for call in [
             libc::SYS_openat,

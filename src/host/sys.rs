@@ -239,7 +239,7 @@ pub fn is_open(number: i32) -> bool {
 #[cfg(debug_assertions)]
 pub fn forbidden_call(number: libc::c_long) -> io::Result<()> {
     // SAFETY: every call named by the worker's tests (openat, socket, execve, ptrace, mount, kill, clone, io_uring_setup, setuid, recvmsg,
-    // pidfd_open) refuses or ignores null
+    // sendmsg, socketpair, pidfd_open) refuses or ignores null
     // pointers and zeros; clone with no flags and no stack is fork. No crate makes calls by number.
     nix::errno::Errno::result(unsafe { libc::syscall(number, 0, 0, 0, 0, 0, 0) })?;
     Ok(())

@@ -6,6 +6,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{date, path::StreamPath};
@@ -17,7 +18,7 @@ use crate::{
 };
 
 /// What a document may be at most.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Bytes; also the bytes that resolving aliases may add.
     pub bytes_max: u64,
@@ -38,8 +39,9 @@ impl Default for Limits {
     }
 }
 
-/// A field's value.
-#[derive(Debug, Clone, PartialEq)]
+/// A field's value; as JSON what it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
 pub enum Field {
     /// Text.
     Text(String),
@@ -95,8 +97,17 @@ impl Field {
     }
 }
 
+/// One of the two.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Document {
+    /// An `index:1.0`.
+    Index(Index),
+    /// A `products:1.0`.
+    Products(Products),
+}
+
 /// An `index:1.0`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Index {
     /// Seconds since 1970, when it says.
     pub updated: Option<i64>,
@@ -105,7 +116,7 @@ pub struct Index {
 }
 
 /// A document that an index names.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct IndexEntry {
     /// What is in it, e.g. `image-downloads`, `image-ids`.
     pub datatype: String,
@@ -122,7 +133,7 @@ pub struct IndexEntry {
 }
 
 /// A `products:1.0`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Products {
     /// What it is about, e.g. `com.ubuntu.cloud:released:download`.
     pub content_id: String,
@@ -137,7 +148,7 @@ pub struct Products {
 }
 
 /// A product: one thing that has versions.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Product {
     /// Its own fields.
     pub fields: Fields,
@@ -146,7 +157,7 @@ pub struct Product {
 }
 
 /// A version of a product.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Version {
     /// Its own fields.
     pub fields: Fields,
@@ -247,8 +258,11 @@ impl<'a> ItemRef<'a> {
 impl Products {
     /// Reads a `products:1.0`. `Kind::Corrupt` (`STREAM_INVALID`) when it is none, `Kind::NoSpace` (`STREAM_TOO_LARGE`) past a limit.
     pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Products> {
-        let document = read(bytes, limits)?;
-        let top = object(&document, "")?;
+        Products::of(&read(bytes, limits)?, limits)
+    }
+
+    fn of(document: &Value, limits: &Limits) -> Result<Products> {
+        let top = object(document, "")?;
         expect_format(top, "products:1.0")?;
         let mut reader = Reader::new(top, limits)?;
         let fields = reader.fields(top, "")?;
@@ -297,8 +311,11 @@ impl Products {
 impl Index {
     /// Reads an `index:1.0`. Fails as [`Products::parse`] does.
     pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Index> {
-        let document = read(bytes, limits)?;
-        let top = object(&document, "")?;
+        Index::of(&read(bytes, limits)?, limits)
+    }
+
+    fn of(document: &Value, limits: &Limits) -> Result<Index> {
+        let top = object(document, "")?;
         expect_format(top, "index:1.0")?;
         let members = member(top, "index", "")?.ok_or_else(|| invalid("there is no index"))?;
         counted(members.len(), limits.products_max, "documents")?;
@@ -327,10 +344,13 @@ impl Index {
     }
 }
 
-/// The format that a document says it has; for telling an index from products when a URL names either.
-pub fn format_of(bytes: &[u8], limits: &Limits) -> Result<String> {
+/// Reads whichever of the two a document says it is, for a URL that may name either. Fails as [`Products::parse`] does.
+pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Document> {
     let document = read(bytes, limits)?;
-    Ok(document.get("format").and_then(Value::as_str).unwrap_or_default().to_owned())
+    match document.get("format").and_then(Value::as_str) {
+        Some("index:1.0") => Index::of(&document, limits).map(Document::Index),
+        _ => Products::of(&document, limits).map(Document::Products),
+    }
 }
 
 /// A failure of a document's content.

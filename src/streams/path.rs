@@ -3,6 +3,7 @@
 use std::fmt;
 
 use reqwest::Url;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, Stage};
 
@@ -12,7 +13,8 @@ const LEN_MAX: usize = 2048;
 const COMPONENT_LEN_MAX: usize = 255;
 
 /// A relative path in a tree: components that are not empty, `.` or `..`, without control characters and backslashes.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct StreamPath(String);
 
 impl StreamPath {
@@ -72,6 +74,17 @@ impl StreamPath {
     }
 }
 
+impl TryFrom<String> for StreamPath {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        StreamPath::new(&text)
+    }
+}
+impl From<StreamPath> for String {
+    fn from(path: StreamPath) -> String {
+        path.0
+    }
+}
 impl fmt::Display for StreamPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -28,7 +28,11 @@ pub const PLATFORMS_MAX: usize = 10_000;
 
 /// Reads the instance types of a document. `Kind::Corrupt` (`STREAM_INVALID`) naming what is wrong.
 pub fn parse(bytes: &[u8]) -> Result<Vec<Platform>> {
-    let products = Products::parse(bytes, &Limits::default())?;
+    of(&Products::parse(bytes, &Limits::default())?)
+}
+
+/// The instance types of a document that was read. Fails as [`parse`] does.
+pub fn of(products: &Products) -> Result<Vec<Platform>> {
     if !products.datatype.is_empty() && products.datatype != DATATYPE {
         return Err(invalid(format!("has datatype {:?}, not {DATATYPE:?}", products.datatype)));
     }

@@ -17,7 +17,7 @@ use std::{
 use reqwest::Url;
 
 use super::{
-    document::{self, Index, Limits, Products, invalid},
+    document::{self, Document, Index, Limits, Products, invalid},
     path::StreamPath,
 };
 use crate::{
@@ -66,6 +66,7 @@ struct Source {
 }
 
 /// A document that was verified.
+#[derive(Clone)]
 struct Verified {
     payload: Vec<u8>,
     signer: String,
@@ -189,31 +190,41 @@ impl Source {
         Err(Error::new(Kind::Conflict, Stage::Fetch, format!("stream {}: {what}", self.config.name), why).with_reason("STREAM_STALE"))
     }
 
+    /// The document, and what reading it gives.
+    async fn parsed<T: Send + 'static>(
+        &self,
+        document: Verified,
+        parse: impl FnOnce(&Launcher, &[u8], &Limits) -> Result<T> + Send + 'static,
+    ) -> (Verified, Result<T>) {
+        let (launcher, limits) = (self.launcher.clone(), self.limits);
+        let document = Arc::new(document);
+        let shared = Arc::clone(&document);
+        let parsed = blocking(Stage::Fetch, move || parse(&launcher, &shared.payload, &limits)).await;
+        // The thread that had the other one is done, unless it panicked on its way.
+        (Arc::try_unwrap(document).unwrap_or_else(|shared| (*shared).clone()), parsed)
+    }
+
     /// Reads everything that is wanted: what to keep, by path, with its row.
     async fn read(&self, before: &[StreamDocument], now: i64) -> Result<Vec<(StreamDocument, Option<Vec<u8>>)>> {
         let mut read = Vec::new();
         let first = self.document(&self.start).await?;
-        let format = document::format_of(&first.payload, &self.limits)?;
+        let (first, document) = self.parsed(first, |launcher, bytes, limits| launcher.stream_document(bytes, limits)).await;
         let mut wanted = Vec::new();
-        if format == "index:1.0" {
-            let index = Index::parse(&first.payload, &self.limits)?;
-            self.check_age(self.start.as_str(), index.updated, now)?;
-            wanted = self.wanted(&index)?;
-            read.push((row(&self.start, index.updated, &first, now), None));
-        } else {
-            let products = Products::parse(&first.payload, &self.limits)?;
-            self.check_age(self.start.as_str(), products.updated, now)?;
-            let row = row(&self.start, products.updated, &first, now);
-            read.push((row, Some(first.payload)));
+        match document? {
+            Document::Index(index) => {
+                self.check_age(self.start.as_str(), index.updated, now)?;
+                wanted = self.wanted(&index)?;
+                read.push((row(&self.start, index.updated, &first, now), None));
+            }
+            Document::Products(products) => {
+                self.check_age(self.start.as_str(), products.updated, now)?;
+                let row = row(&self.start, products.updated, &first, now);
+                read.push((row, Some(first.payload)));
+            }
         }
         for (id, path) in wanted {
             let document = self.document(&path).await?;
-            let limits = self.limits;
-            let (document, products) = blocking(Stage::Fetch, move || {
-                let products = Products::parse(&document.payload, &limits);
-                Ok((document, products))
-            })
-            .await?;
+            let (document, products) = self.parsed(document, |launcher, bytes, limits| launcher.stream_products(bytes, limits)).await;
             let products = products
                 .map_err(|error| Error::new(error.kind(), Stage::Fetch, path.as_str(), error.message().to_owned()).with_reason(error.reason()))?;
             // Otherwise one signed document could be served in the place of another.
@@ -321,7 +332,7 @@ impl Engine {
                 return Err(Error::new(Kind::Corrupt, Stage::Store, path.display().to_string(), "is not the document that was accepted")
                     .with_hint("synchronise the stream again"));
             }
-            documents.push(Kept { path: row.path, products: Products::parse(&bytes, &limits)? });
+            documents.push(Kept { path: row.path, products: self.launcher.stream_products(&bytes, &limits)? });
         }
         Ok(documents)
     }

@@ -16,6 +16,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 
 use super::{
     PASSED_MAX, SUBCOMMAND, archive, failed, fork_server, guest,
+    small::QUESTION_BYTES_MAX,
     wire::{Job, LOADERS_BYTES_MAX, Reply, Request, WireError},
 };
 use crate::{
@@ -65,7 +66,7 @@ impl Daemon {
     }
 
     pub(super) fn request(&mut self) -> Result<Option<(Request, Vec<u8>)>> {
-        match receive(&mut self.from, LOADERS_BYTES_MAX).map_err(failed("receive"))? {
+        match receive(&mut self.from, LOADERS_BYTES_MAX.max(QUESTION_BYTES_MAX)).map_err(failed("receive"))? {
             Some((Some(request), data)) => Ok(Some((request, data))),
             Some((None, _)) => Err(Error::internal(Stage::Host, SUBCOMMAND, "data came where a request belongs")),
             None => Ok(None),
@@ -214,6 +215,8 @@ pub(super) mod misdeed {
             Some("kill") => libc::SYS_kill,
             Some("fork") => libc::SYS_clone,
             Some("io_uring") => libc::SYS_io_uring_setup,
+            Some("sendmsg") => libc::SYS_sendmsg,
+            Some("socketpair") => libc::SYS_socketpair,
             Some("recvmsg") => libc::SYS_recvmsg,
             Some("pidfd") => libc::SYS_pidfd_open,
             Some("hang") => loop {

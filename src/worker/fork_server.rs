@@ -2,19 +2,25 @@
 //!
 //! ```text
 //!  daemon                       fork server                              child, a reader
-//!  Readers ── start ──────────► confined: no files, network, exec, threads
-//!  ask ── {socket, file} ─────► fork ──────────────────────────────────► closes what is others', gives up fork and recvmsg
-//!      ── question ─────────────────────────────────────────────────────► reads the first foreign byte
+//!  Readers ── start ──────────► confined: no files, network, exec
+//!          ── some bytes ─────► fork for each of them ────────────────► closes what is others', waits
+//!          ◄── {its socket} ───
+//!  ask takes a socket
+//!      ── one byte ───────────► fork the next
+//!      ── {file} ──────────────────────────────────────────────────────► gives up fork and recvmsg
+//!      ── question ────────────────────────────────────────────────────► reads the first foreign byte
 //!      ◄─────────────────────────────────────────────────────── answer ── exit
 //!      ◄─ Ended {signal, code} ─ when it ends in any other way
 //!      closes the socket ─────► kills a child that nobody waits for
 //! ```
 //!
-//! A process of its own for each question costs a third of a millisecond this way instead of 3 ms, which start, dynamic linking and namespaces take; what one
-//! document makes of its reader, the next never meets. What the children share is the layout of their memory, as the processes of a browser's zygote do.
+//! A process of its own for each question costs a millisecond of a processor this way instead of the 3 ms that start, dynamic linking and namespaces take, and
+//! most of that is over when the question comes. What one document makes of its reader, the next never meets. What the children share is the layout of their
+//! memory, as the processes of a browser's zygote do.
 
 use std::{
     fs::File,
+    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -27,7 +33,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStat
 use super::{
     SUBCOMMAND,
     child::{self, Daemon, passed},
-    failed, small,
+    failed, pass, small,
     wire::{Reply, Request, WireError},
 };
 use crate::{
@@ -35,7 +41,7 @@ use crate::{
     host::confine::{ForkServer, Limits},
 };
 
-/// Children at a time; further questions wait in the socket. Each has two descriptors here.
+/// Children at a time; who takes one more waits for the end of another. Each has two descriptors here, and one more while its socket is on its way.
 const CHILDREN_MAX: usize = 16;
 
 struct Child {
@@ -56,38 +62,40 @@ pub(super) fn serve(memory_bytes: u64, nothing: &File, mut daemon: Daemon) -> Re
     daemon.reply(&Reply::Confined { missing: server.confined().missing.clone() })?;
     let control = daemon.into_socket();
     let mut children: Vec<Child> = Vec::new();
+    let mut wanted = 0;
     loop {
-        if wait(&control, &mut children)? {
-            let Some(mut descriptors) = passed(&control)? else { return Ok(()) };
-            if descriptors.is_empty() || descriptors.len() > 2 {
-                return Err(Error::internal(Stage::Host, SUBCOMMAND, "a question comes with a socket and at most one file"));
-            }
-            let socket = UnixStream::from(descriptors.remove(0));
-            match server.fork() {
-                Ok(None) => {
-                    drop((control, children));
-                    return answer(server, socket, descriptors.pop().map(File::from));
+        while wanted > 0 && children.len() < CHILDREN_MAX {
+            let (theirs, ours) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+            match server.fork().map_err(failed("fork"))? {
+                None => {
+                    drop((control, children, theirs));
+                    return answer(server, ours);
                 }
-                Ok(Some(pid)) => match Pid::from_raw(pid.as_raw()).map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
-                    Some(Ok(pidfd)) => children.push(Child { pidfd, socket: Some(socket) }),
+                Some(pid) => {
+                    let pid = Pid::from_raw(pid.as_raw()).ok_or_else(|| failed("fork")(io::Error::from_raw_os_error(libc::ECHILD)))?;
                     // Without it nobody could end the child: all end with this process, and the next question starts another.
-                    _ => return Err(Error::internal(Stage::Host, SUBCOMMAND, "a child can't be watched")),
-                },
-                Err(error) => {
-                    let error = failed("fork")(error);
-                    // Who asked may have gone.
-                    let _gone = Daemon::over(socket)?.reply(&Reply::Failed(WireError::from(&error)));
+                    let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| failed("watch a child")(errno.into()))?;
+                    match pass(&control, [theirs.as_fd()]) {
+                        Ok(()) => children.push(Child { pidfd, socket: Some(ours) }),
+                        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                        Err(error) => return Err(failed("pass a child's socket")(error)),
+                    }
                 }
+            }
+            wanted -= 1;
+        }
+        if wait(&control, &mut children)? {
+            match passed(&control)? {
+                Some(_) => wanted += 1,
+                None => return Ok(()),
             }
         }
     }
 }
 
-/// Waits for a question or for something of the children, whose ends it tells; says whether there is a question.
+/// Waits for the daemon or for something of the children, whose ends it tells; says whether the daemon took a child, or is gone.
 fn wait(control: &UnixStream, children: &mut Vec<Child>) -> Result<bool> {
-    // A negative descriptor can't be made safely; a socket nobody asks anything of is its own stand-in.
-    let asked = if children.len() < CHILDREN_MAX { PollFlags::POLLIN } else { PollFlags::empty() };
-    let mut polled = vec![PollFd::new(control.as_fd(), asked)];
+    let mut polled = vec![PollFd::new(control.as_fd(), PollFlags::POLLIN)];
     for child in children.iter() {
         polled.push(PollFd::new(child.pidfd.as_fd(), PollFlags::POLLIN));
         polled.extend(child.socket.iter().map(|socket| PollFd::new(socket.as_fd(), PollFlags::empty())));
@@ -130,16 +138,19 @@ fn is_success(status: &WaitIdStatus) -> bool {
     status.exit_status() == Some(0)
 }
 
-/// The child's life.
-fn answer(server: ForkServer, socket: UnixStream, file: Option<File>) -> Result<()> {
+/// The child's life. Its file comes before the question, and before it can take no more.
+fn answer(server: ForkServer, socket: UnixStream) -> Result<()> {
+    let child = server.into_child();
+    small::warm_up();
+    let Some(mut descriptors) = passed(&socket)? else { return Ok(()) };
     let mut daemon = Daemon::over(socket)?;
-    if let Err(error) = server.become_reader() {
+    if let Err(error) = child.become_reader() {
         return daemon.reply(&Reply::Failed(WireError::from(&error)));
     }
     match daemon.request()? {
         Some((Request::Small(job), data)) => {
             child::misdeed::behind_the_filter(job.misdeed.as_deref());
-            small::serve(&job, &data, file, &mut daemon)
+            small::serve(&job, &data, descriptors.pop().map(File::from), &mut daemon)
         }
         Some(_) => Err(Error::internal(Stage::Host, SUBCOMMAND, "a reader is asked one question")),
         None => Ok(()),

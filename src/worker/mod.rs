@@ -18,12 +18,13 @@
 //! caller removes what was begun. Cancelling kills it. It dies with the daemon (parent-death signal).
 //!
 //! Small jobs (`small`): signatures and signed documents, headers of encrypted tarballs. Each is done by a process of its own all the same, a child of the
-//! fork server (`fork_server`), which is started once and reads nothing. Manifests, arguments under a manifest's schema, and templates (`manifest`) are small
-//! jobs too. A guest's filesystem (`guest`): its process has not even the volume open.
+//! fork server (`fork_server`), which is started once and reads nothing. Manifests, arguments under a manifest's schema, templates (`manifest`) and
+//! documents of streams (`stream`) are small jobs too. A guest's filesystem (`guest`): its process has not even the volume open.
 //!
 //! Not here, and why:
 //!
-//! - Documents of streams once their signature is good: JSON under caps, and what a worker would give back is JSON again.
+//! - Answers of registries, peers and mirrors, which are JSON of few plain types: serde reads them as it reads the answers of workers, so that a worker
+//!   between would be read by the same code.
 //! - The operator's own: configuration, keyrings when the daemon starts, kernels and boot loaders of the host.
 //! - Headers and tables of qcow2 volumes: the hypervisor writes them, and a process that plans changes to them could name another backing file.
 //! - Writing XFS and btrfs: the kernel's, for a mount worker that is root. The archive is read in a worker all the same and its entries pass through the daemon
@@ -36,6 +37,7 @@ mod guest;
 mod manifest;
 mod readers;
 mod small;
+mod stream;
 mod wire;
 
 use std::{
@@ -87,7 +89,7 @@ const POLL: Duration = Duration::from_millis(50);
 /// How long the answer to a small job may take; a process that has none by then is killed by the fork server, which sees that nobody waits for it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Descriptors that are passed at a time.
-const PASSED_MAX: usize = 2;
+const PASSED_MAX: usize = 1;
 /// How long the rest of an answer may take: it is in memory, but the machine may be busy.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a worker may take to end after its last answer.
@@ -209,7 +211,7 @@ fn pass<'d>(socket: &UnixStream, descriptors: impl IntoIterator<Item = BorrowedF
     let descriptors: Vec<_> = descriptors.into_iter().collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
     let mut message = SendAncillaryBuffer::new(&mut space);
-    if !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+    if !descriptors.is_empty() && !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
         return Err(std::io::Error::from_raw_os_error(libc::EMSGSIZE));
     }
     sendmsg(socket, &[IoSlice::new(&[0])], &mut message, SendFlags::NOSIGNAL)?;

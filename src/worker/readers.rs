@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Conversation, Launcher, death, died, failed, pass,
+    ANSWER_TIMEOUT, Conversation, Launcher, child, death, died, failed, pass,
     small::{Answer, SmallJob, Task},
     wire::{Reply, Request},
 };
@@ -20,6 +20,8 @@ use crate::{
     units::MIB,
 };
 
+/// Children that wait for a question.
+const SPARE: usize = 3;
 /// What is added to the time for an answer when a file is read: the slowest disk and hash worth waiting for.
 const FILE_BYTES_PER_SEC: u64 = 10 * MIB;
 
@@ -45,10 +47,26 @@ impl Server {
         match sent.and_then(|()| conversation.confined()) {
             Ok(missing) => {
                 let control = conversation.worker.socket().try_clone().map_err(failed("duplicate its socket"))?;
+                control.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed("set a timeout"))?;
+                // Not before its answer was read: descriptors are lost to a reader that takes them for data.
+                (0..SPARE).try_for_each(|_| pass(&control, [])).map_err(failed("ask for readers"))?;
                 Ok(Server { control, missing, _conversation: Mutex::new(conversation) })
             }
             Err(error) => Err(conversation.abort(error)),
         }
+    }
+}
+
+impl Server {
+    /// The socket of a child, which has `file` from now on.
+    fn take(&self, file: Option<&File>) -> std::io::Result<UnixStream> {
+        // All children are busy for as long as an answer may take.
+        let broken = |error: Error| std::io::Error::other(error.chain());
+        let socket = child::passed(&self.control).map_err(broken)?.and_then(|descriptors| descriptors.into_iter().next());
+        let socket = UnixStream::from(socket.ok_or(ErrorKind::UnexpectedEof)?);
+        pass(&self.control, [])?;
+        pass(&socket, file.map(AsFd::as_fd))?;
+        Ok(socket)
     }
 }
 
@@ -68,16 +86,14 @@ impl Readers {
         let mut is_second = false;
         loop {
             let server = self.server(program, memory_bytes)?;
-            let (ours, theirs) = UnixStream::pair().map_err(failed("make a socket pair"))?;
-            let descriptors = [Some(theirs.as_fd()), file.map(AsFd::as_fd)];
-            match pass(&server.control, descriptors.into_iter().flatten()) {
-                Ok(()) => return Ok((ours, server.missing.clone())),
-                Err(error) if !is_second && matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+            match server.take(file) {
+                Ok(socket) => return Ok((socket, server.missing.clone())),
+                Err(error) if !is_second && matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof) => {
                     tracing::warn!("the fork server has ended and is started again");
                     self.forget(&server);
                     is_second = true;
                 }
-                Err(error) => return Err(failed("pass a socket")(error)),
+                Err(error) => return Err(failed("take a reader")(error)),
             }
         }
     }

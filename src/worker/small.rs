@@ -8,6 +8,7 @@
 //!  Manifest     a manifest ─▶ its document, which arguments are secret
 //!  Args         a schema + arguments ─▶ arguments with defaults
 //!  Templates    templates + what they see ─▶ files
+//!  Stream       a document of a simplestreams source ─▶ what is in it
 //!  LxdMetadata  metadata tarball of Incus or LXD in the file ─▶ its part of a manifest
 //! ```
 //!
@@ -25,12 +26,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Launcher, child, died, manifest,
+    stream::{self, Wanted},
     wire::{Reply, WireError},
 };
 use crate::{
     config::worker::Confine,
     error::{Error, Result, Stage},
     manifest::lxd,
+    streams::document::Limits,
     trust::{
         Method, Signer,
         age::{self, FILE_KEY_LEN, FileKey, Identities},
@@ -41,6 +44,9 @@ use crate::{
 
 /// What is made of an image's metadata, bytes: 64 templates and as many sources.
 const METADATA_LEN_MAX: usize = 32 << 20;
+
+/// What a question is about, bytes: as much as a signed document may have.
+pub(super) const QUESTION_BYTES_MAX: usize = DOCUMENT_BYTES_MAX;
 
 /// A question.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,6 +76,8 @@ pub(super) enum Task {
     Templates,
     /// JSON.
     LxdTemplates,
+    /// The document.
+    Stream { limits: Limits, wanted: Wanted },
 }
 
 /// An answer.
@@ -219,6 +227,12 @@ pub(super) fn prepare() -> Result<()> {
     child::prepare(false)
 }
 
+/// What most questions need, done once in the process that will be asked: the memory that it shares with its siblings becomes its own page by page, which
+/// takes longer than many an answer.
+pub(super) fn warm_up() {
+    manifest::warm_up();
+}
+
 /// The reader's side.
 pub(super) fn serve(job: &SmallJob, data: &[u8], file: Option<File>, daemon: &mut child::Daemon) -> Result<()> {
     match answer(&job.task, data, file) {
@@ -256,6 +270,7 @@ fn answer(task: &Task, data: &[u8], file: Option<File>) -> Result<(Answer, Vec<u
             Ok((Answer::Payload(signer), payload))
         }
         Task::LxdMetadata { object } => Ok((Answer::Described, lxd::import::tarball(again(file()?, object)?, object)?.to_string().into_bytes())),
+        Task::Stream { limits, wanted } => Ok((Answer::Described, stream::answer(data, limits, *wanted)?)),
         Task::Manifest | Task::Args | Task::Templates | Task::LxdTemplates => {
             manifest::answer(task, data)?.map(|json| (Answer::Described, json)).ok_or_else(wrong)
         }

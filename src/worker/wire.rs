@@ -215,6 +215,8 @@ const REASONS: &[&str] = &[
     "SIGNATURE_MALFORMED",
     "SIGNATURE_WEAK",
     "SIGNED_GRUB_UNKNOWN",
+    "STREAM_INVALID",
+    "STREAM_TOO_LARGE",
     "TEMPLATE_FAILED",
     "TEMPLATE_JAVASCRIPT",
     "TEMPLATE_LIMIT",
@@ -311,7 +313,17 @@ mod tests {
     #[test]
     fn every_reason_of_the_code_that_runs_in_a_worker_is_known() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        let mut files = ["render/fill.rs", "render/study.rs", "guest/from_image.rs", "guest/watch.rs"].map(|file| root.join(file)).to_vec();
+        let mut files = [
+            "streams/document.rs",
+            "streams/date.rs",
+            "streams/path.rs",
+            "render/fill.rs",
+            "render/study.rs",
+            "guest/from_image.rs",
+            "guest/watch.rs",
+        ]
+        .map(|file| root.join(file))
+        .to_vec();
         let mut folders = vec![
             root.join("manifest"),
             root.join("tree"),

@@ -189,6 +189,6 @@ proptest! {
     #[test]
     fn no_bytes_make_the_reader_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         let _ = Products::parse(&bytes, &Limits::default());
-        let _ = format_of(&bytes, &Limits::default());
+        let _ = super::parse(&bytes, &Limits::default());
     }
 }
