@@ -91,7 +91,7 @@ fn serve() -> Result<()> {
     let socket = io::stdout().as_fd().try_clone_to_owned().map(UnixStream::from).map_err(failed("take the socket"))?;
     let blob = io::stdin().as_fd().try_clone_to_owned().map(File::from).map_err(failed("take the tarball"))?;
     // Before anything is buffered: descriptors come beside the first byte.
-    let disk = passed(&socket)?.and_then(|descriptors| descriptors.into_iter().next());
+    let disk = passed(&socket).map_err(failed("take the disk"))?.and_then(|descriptors| descriptors.into_iter().next());
     let disk = File::from(disk.ok_or_else(|| Error::internal(Stage::Host, SUBCOMMAND, "the disk's descriptor was not passed"))?);
     let mut daemon = Daemon::over(socket)?;
     let (job, data) = match daemon.request()? {
@@ -131,12 +131,11 @@ pub(super) fn prepare(is_encrypted: bool) -> Result<()> {
 }
 
 /// The descriptors that come beside one byte; nothing when the other end has closed.
-pub(super) fn passed(socket: &UnixStream) -> Result<Option<Vec<OwnedFd>>> {
+pub(super) fn passed(socket: &UnixStream) -> io::Result<Option<Vec<OwnedFd>>> {
     let mut byte = [0];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
     let mut message = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::CMSG_CLOEXEC)
-        .map_err(|errno| failed("take descriptors")(errno.into()))?;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::CMSG_CLOEXEC)?;
     let descriptors = message.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
         _ => None,

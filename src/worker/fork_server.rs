@@ -28,7 +28,7 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, ppoll};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 
 use super::{
     SUBCOMMAND,
@@ -85,7 +85,7 @@ pub(super) fn serve(memory_bytes: u64, nothing: &File, mut daemon: Daemon) -> Re
             wanted -= 1;
         }
         if wait(&control, &mut children)? {
-            match passed(&control)? {
+            match passed(&control).map_err(failed("listen"))? {
                 Some(_) => wanted += 1,
                 None => return Ok(()),
             }
@@ -128,21 +128,17 @@ fn wait(control: &UnixStream, children: &mut Vec<Child>) -> Result<bool> {
 /// Takes the status of a child that has ended, and says it to whom waits for an answer unless there was one.
 fn tell(child: Child) {
     let Ok(Some(status)) = waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED) else { return };
-    let Some(socket) = child.socket.filter(|_| !is_success(&status)) else { return };
+    let Some(socket) = child.socket.filter(|_| status.exit_status() != Some(0)) else { return };
     let ended = Reply::Ended { signal: status.terminating_signal(), code: status.exit_status() };
     // Who asked may have gone.
     let _gone = Daemon::over(socket).and_then(|mut daemon| daemon.reply(&ended));
-}
-
-fn is_success(status: &WaitIdStatus) -> bool {
-    status.exit_status() == Some(0)
 }
 
 /// The child's life. Its file comes before the question, and before it can take no more.
 fn answer(server: ForkServer, socket: UnixStream) -> Result<()> {
     let child = server.into_child();
     small::warm_up();
-    let Some(mut descriptors) = passed(&socket)? else { return Ok(()) };
+    let Some(mut descriptors) = passed(&socket).map_err(failed("take a file"))? else { return Ok(()) };
     let mut daemon = Daemon::over(socket)?;
     if let Err(error) = child.become_reader() {
         return daemon.reply(&Reply::Failed(WireError::from(&error)));

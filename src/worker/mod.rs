@@ -25,6 +25,8 @@
 //!
 //! - Answers of registries, peers and mirrors, which are JSON of few plain types: serde reads them as it reads the answers of workers, so that a worker
 //!   between would be read by the same code.
+//! - The files of an image that injection edits or looks into, which came out of a worker as facts: small texts, read by memory-safe code on the way of every
+//!   warm render, where handing all of them to another process would take as long as the render.
 //! - The operator's own: configuration, keyrings when the daemon starts, kernels and boot loaders of the host.
 //! - Headers and tables of qcow2 volumes: the hypervisor writes them, and a process that plans changes to them could name another backing file.
 //! - Writing XFS and btrfs: the kernel's, for a mount worker that is root. The archive is read in a worker all the same and its entries pass through the daemon

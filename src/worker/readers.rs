@@ -2,11 +2,11 @@
 
 use std::{
     fs::File,
-    io::{BufReader, BufWriter, ErrorKind, Write},
+    io::{BufReader, BufWriter, ErrorKind, Read, Write},
     os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -15,7 +15,7 @@ use super::{
     wire::{Reply, Request},
 };
 use crate::{
-    error::{Error, Result, Stage},
+    error::{Error, Kind, Result, Stage},
     fs::mounted::wire::{receive, send},
     units::MIB,
 };
@@ -55,18 +55,28 @@ impl Server {
             Err(error) => Err(conversation.abort(error)),
         }
     }
-}
 
-impl Server {
-    /// The socket of a child, which has `file` from now on.
+    /// The socket of a child, which has `file` from now on. `WouldBlock`: all children were busy for as long as an answer may take.
     fn take(&self, file: Option<&File>) -> std::io::Result<UnixStream> {
-        // All children are busy for as long as an answer may take.
-        let broken = |error: Error| std::io::Error::other(error.chain());
-        let socket = child::passed(&self.control).map_err(broken)?.and_then(|descriptors| descriptors.into_iter().next());
+        let socket = child::passed(&self.control)?.and_then(|descriptors| descriptors.into_iter().next());
         let socket = UnixStream::from(socket.ok_or(ErrorKind::UnexpectedEof)?);
         pass(&self.control, [])?;
         pass(&socket, file.map(AsFd::as_fd))?;
         Ok(socket)
+    }
+}
+
+/// A socket that is read until some time, however many pieces the other side makes of what it says.
+struct Until<'s> {
+    socket: &'s UnixStream,
+    end: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let left = self.end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()).ok_or(ErrorKind::TimedOut)?;
+        self.socket.set_read_timeout(Some(left))?;
+        (&mut &*self.socket).read(into)
     }
 }
 
@@ -93,6 +103,10 @@ impl Readers {
                     self.forget(&server);
                     is_second = true;
                 }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let why = format!("all readers have been busy for {} s", ANSWER_TIMEOUT.as_secs());
+                    return Err(Error::new(Kind::Busy, Stage::Host, super::SUBCOMMAND, why).with_reason("READERS_BUSY").with_hint("try again later"));
+                }
                 Err(error) => return Err(failed("take a reader")(error)),
             }
         }
@@ -117,8 +131,9 @@ impl Launcher {
     pub(super) fn ask_noting(&self, task: Task, data: &[u8], file: Option<&File>, answer_max: usize) -> Result<(Answer, Vec<u8>, Vec<String>)> {
         let (socket, missing) = self.readers.child(&self.program, self.settings.memory_max.0, file)?;
         let len = file.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len());
-        let timeout = Some(self.patience + Duration::from_secs(len / FILE_BYTES_PER_SEC));
-        socket.set_read_timeout(timeout).and_then(|()| socket.set_write_timeout(timeout)).map_err(failed("set a timeout"))?;
+        let patience = self.patience + Duration::from_secs(len / FILE_BYTES_PER_SEC);
+        let end = Instant::now() + patience;
+        socket.set_write_timeout(Some(patience)).map_err(failed("set a timeout"))?;
         let mut to = BufWriter::new(&socket);
         let question = Request::Small(Box::new(SmallJob { task, misdeed: self.misdeed.clone() }));
         match send(&mut to, Some(&question), data).and_then(|()| to.flush()) {
@@ -128,7 +143,7 @@ impl Launcher {
         }
         // What could not be sent has been said.
         let _rest = to.into_parts();
-        match receive(&mut BufReader::new(&socket), answer_max) {
+        match receive(&mut BufReader::new(Until { socket: &socket, end }), answer_max) {
             Ok(Some((Some(Reply::Answer(answer)), data))) => Ok((*answer, data, missing)),
             Ok(Some((Some(Reply::Failed(error)), _))) => Err(error.into_error()),
             Ok(Some((Some(Reply::Ended { signal, code }), _))) => Err(death(signal, code)),
@@ -137,5 +152,26 @@ impl Launcher {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Err(died("had no answer in time and was killed")),
             Err(error) => Err(died("its answer can't be read").with_source(error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_who_answers_byte_by_byte_has_no_more_time_than_others() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let trickle = std::thread::spawn(move || {
+            while (&theirs).write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_millis(5))
+            }
+        });
+        let begun = Instant::now();
+        let error = Until { socket: &ours, end: begun + Duration::from_millis(200) }.read_exact(&mut [0; 100_000]).expect_err("never all of it");
+        assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
+        assert!(begun.elapsed() >= Duration::from_millis(200));
+        drop(ours);
+        trickle.join().expect("ends");
     }
 }

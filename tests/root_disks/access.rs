@@ -60,6 +60,7 @@ async fn callers_on_the_unix_socket_have_the_role_of_their_user_or_group() {
     let mut config = Config { state_dir: dir.path().join("state"), ..Config::default() };
     let socket = dir.path().join("sock");
     config.listen.unix = socket.clone();
+    config.worker.program = Some(env!("CARGO_BIN_EXE_cloudletd").into());
     config.listen.allow_uids = [61001].into();
     config.listen.allow_gids = [61100].into();
     let pool = |name: &str| PoolConfig::Directory { name: name.parse().expect("valid"), path: dir.path().join(name) };
