@@ -12,7 +12,7 @@
 //!  render::resolve  Resolved            image → manifest, pool, args, golden spec
 //!  render::fetch    Fetched             tarball in the store, its digest checked as it arrived (source, store::blobs)
 //!  render::golden   LoadedGolden        tar stream → filesystem in one pass, built once per key, the same bytes everywhere (tree, ext4, fs, disk)
-//!  render::inject   Injected            facts + instance configuration → edits and report; pure (guest, manifest::apply)
+//!  render::inject   Injected            facts + instance configuration → edits and report; pure but for templates (guest, worker)
 //!  fs edit          BlockPatch          the 4 KiB blocks that edits, identity and size change; the golden is only read (ext4::edit, fs::mounted)
 //!  target           Volume              golden + patch → staged → published, durable; the only writer of volumes
 //!  render::volume   Mapping             what exists now; kept, and given in the dialects of hypervisors' tools (mapping)
@@ -22,6 +22,8 @@
 //!
 //! - Nothing outside [`host`] imports `std::process`, mount or ioctl code, but for the mount worker that [`fs::mounted`] starts through it; nothing outside
 //!   [`target`] writes to a volume. `unsafe` is in `host::sys` only.
+//! - What strangers wrote (archives, manifests, templates, signatures, documents of streams, filesystems of guests) is read by processes of [`worker`], which can
+//!   do nothing else; what one of them says is believed of the object it was asked about and of no other.
 //! - A guest's path ([`names::GuestPath`]) never becomes a path of the host. The only filesystems that are ever mounted were made by mkfs on this host a moment
 //!   ago, in the private mount namespace of a child.
 //! - Golden images are immutable, named by the hash of everything that decides their bytes ([`store::records::GoldenSpec`]).

@@ -1,4 +1,4 @@
-//! Manifests as the daemon holds them: read by a process that can do nothing else, and kept as long as there is room.
+//! Manifests as the daemon holds them: read by a process that can do nothing else, once. What it found is in the catalogue; those used last are in memory.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,8 +13,8 @@ use crate::{
     store::records::ImageRecord,
 };
 
-/// Bytes of the texts whose readings are kept; a reading takes some times as much.
-const TEXTS_BYTES_MAX: usize = 16 << 20;
+/// Bytes of the texts whose readings are kept in memory; a reading takes some times as much.
+const TEXTS_BYTES_MAX: usize = 2 << 20;
 
 /// Readings by the digest of their text, the oldest first.
 #[derive(Debug, Default)]
@@ -59,10 +59,26 @@ impl Engine {
         Ok(manifest)
     }
 
+    fn known_manifest(&self, record: &ImageRecord) -> Result<Arc<Manifest>> {
+        let text = Digest::of(record.manifest.as_bytes());
+        if let Some(manifest) = self.manifests.get(&text) {
+            return Ok(manifest);
+        }
+        if let Some(judged) = self.store.catalog.reading(&record.id)? {
+            let manifest = Arc::new(Manifest::judged(judged)?);
+            self.manifests.keep(text, record.manifest.len(), &manifest);
+            return Ok(manifest);
+        }
+        // Of an older cloudletd.
+        let manifest = self.read_manifest(&record.manifest)?;
+        self.store.catalog.put_reading(&record.id, &manifest.to_judged())?;
+        Ok(manifest)
+    }
+
     /// The manifest of a catalogued image. `Kind::Corrupt` when it is not the one that the image was catalogued with: what a manifest makes of its reader
     /// holds for that image at most.
     pub fn manifest_of(&self, record: &ImageRecord) -> Result<Arc<Manifest>> {
-        let manifest = self.read_manifest(&record.manifest)?;
+        let manifest = self.known_manifest(record)?;
         let digest = record.rootfs_digest.map(|digest| digest.to_string());
         let identities = [digest.as_deref(), record.rootfs_url.as_deref()];
         if identities.into_iter().flatten().any(|identity| ImageId::derive(&manifest, identity).as_str() == record.id) {
@@ -83,12 +99,12 @@ mod tests {
         let manifest = Arc::new(Manifest::parse(b"{}").expect("right"));
         let keys: Vec<Digest> = (0..20u8).map(|n| Digest::of(&[n])).collect();
         for key in &keys {
-            manifests.keep(*key, 1 << 20, &manifest);
-            manifests.keep(*key, 1 << 20, &manifest);
+            manifests.keep(*key, 1 << 17, &manifest);
+            manifests.keep(*key, 1 << 17, &manifest);
         }
         let there: Vec<bool> = keys.iter().map(|key| manifests.get(key).is_some()).collect();
         assert_eq!(there, [[false; 4].as_slice(), &[true; 16]].concat());
         manifests.keep(Digest::of(b"large"), TEXTS_BYTES_MAX + 1, &manifest);
-        assert_eq!(manifests.0.lock().expect("whole").bytes, 16 << 20);
+        assert_eq!(manifests.0.lock().expect("whole").bytes, TEXTS_BYTES_MAX);
     }
 }

@@ -181,7 +181,7 @@ impl Engine {
         if let Some(media_type) = &record.media_type {
             compression_of(media_type).map_err(|error| error.under_field("manifest_json"))?;
         }
-        let created = self.store.catalog.insert_image(record.clone())?;
+        let created = self.store.catalog.insert_image(record.clone(), &manifest.to_judged())?;
         let record = self.store.catalog.image(&record.id)?.ok_or_else(|| Error::internal(Stage::Store, record.id, "was added and is not there"))?;
         Ok((record, created))
     }

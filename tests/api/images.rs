@@ -92,3 +92,33 @@ async fn file_urls_work_below_configured_roots_only() {
     }
     daemon.stop().await;
 }
+
+/// What a daemon finds in the catalogue: of an image that an older one catalogued nothing; of one whose manifest was read wrongly something else.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_reader_of_a_manifest_found_is_kept_made_anew_when_it_is_missing_and_believed_of_its_own_image_only() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut daemon = Daemon::start_in(dir.path(), |_| {}).await;
+    let digest = daemon.upload(&tarball()).await;
+    let ids = [daemon.image_of(&digest, r#"{"description": "a"}"#).await, daemon.image_of(&digest, r#"{"description": "b"}"#).await];
+    daemon.stop().await;
+    let open = || rusqlite::Connection::open(dir.path().join("state/catalog.sqlite")).expect("opens");
+    let reading = |id: &str| open().query_row("SELECT judged FROM readings WHERE image_id=?1", [id], |row| row.get::<_, String>(0)).ok();
+    let before = ids.clone().map(|id| reading(&id).expect("noted with the image"));
+    open().execute("DELETE FROM readings WHERE image_id=?1", [&ids[0]]).expect("deleted");
+    // The other's says of itself that it is somebody else's.
+    open().execute("UPDATE readings SET judged=?2 WHERE image_id=?1", [&ids[1], &before[0]]).expect("changed");
+
+    let mut daemon = Daemon::start_in(dir.path(), |_| {}).await;
+    let get = |id: &str| proto::GetImageRequest { image_id: id.to_owned() };
+    let image = daemon.images.get_image(get(&ids[0])).await.expect("read again").into_inner().image.expect("described");
+    assert_eq!(image.description, "a");
+    assert_eq!(reading(&ids[0]), Some(before[0].clone()));
+    let error = daemon.images.get_image(get(&ids[1])).await.expect_err("not its manifest");
+    assert_eq!(
+        (error.code(), tonic_types::StatusExt::get_error_details(&error).error_info().map(|info| info.reason.clone())),
+        (tonic::Code::DataLoss, Some("IMAGE_CHANGED".into()))
+    );
+    daemon.images.delete_image(proto::DeleteImageRequest { image_id: ids[0].clone() }).await.expect("deleted");
+    assert_eq!(reading(&ids[0]), None);
+    daemon.stop().await;
+}

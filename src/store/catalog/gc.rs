@@ -231,7 +231,11 @@ mod tests {
             media_type: None,
             created: 1,
         };
-        catalog.insert_image(image).expect("added");
+        let judged = crate::manifest::Judged { document: serde_json::json!({}), secret_args: Default::default() };
+        catalog.insert_image(image, &judged).expect("added");
+        assert_eq!(catalog.reading("img-1").expect("read"), Some(judged.clone()));
+        catalog.put_reading("img-2", &judged).expect("of no image");
+        assert_eq!(catalog.reading("img-2").expect("read"), None);
         let lease = Lease {
             id: "a".into(),
             kind: leases::Held::Image,

@@ -28,6 +28,7 @@ use self::rows::{all, golden_of, image_of, json, render_of};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
+    manifest::Judged,
     names::Digest,
     store::records::{FailureRecord, GoldenRecord, ImageRecord, RenderRecord, RenderState},
     trust::Signer,
@@ -125,8 +126,9 @@ impl Catalog {
         query(&connection)
     }
 
-    /// Adds an image; `false` when that id is there already.
-    pub fn insert_image(&self, image: ImageRecord) -> Result<bool> {
+    /// Adds an image with what the reader of its manifest found; `false` when that id is there already.
+    pub fn insert_image(&self, image: ImageRecord, judged: &Judged) -> Result<bool> {
+        let judged = json(judged)?;
         self.write(move |connection| {
             let rows = connection
                 .prepare_cached("INSERT INTO images VALUES (?1,?2,?3,?4,?5,?6,?7) ON CONFLICT (id) DO NOTHING")
@@ -142,7 +144,32 @@ impl Catalog {
                     ])
                 })
                 .map_err(failed("add image"))?;
+            if rows == 1 {
+                connection.execute("INSERT OR REPLACE INTO readings VALUES (?1,?2)", params![image.id, judged]).map_err(failed("note a reading"))?;
+            }
             Ok(rows == 1)
+        })
+    }
+
+    /// What the reader of an image's manifest found; nothing when that is not noted, or in other words than today's.
+    pub fn reading(&self, image_id: &str) -> Result<Option<Judged>> {
+        let text: Option<String> = self.read(|connection| {
+            connection
+                .prepare_cached("SELECT judged FROM readings WHERE image_id=?1")
+                .and_then(|mut statement| statement.query_row([image_id], |row| row.get(0)).optional())
+                .map_err(failed("look for a reading"))
+        })?;
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
+    }
+
+    /// Notes it for an image that is there.
+    pub fn put_reading(&self, image_id: &str, judged: &Judged) -> Result<()> {
+        let (image_id, judged) = (image_id.to_owned(), json(judged)?);
+        self.write(move |connection| {
+            connection
+                .execute("INSERT OR REPLACE INTO readings SELECT id, ?2 FROM images WHERE id=?1", params![image_id, judged])
+                .map_err(failed("note a reading"))?;
+            Ok(())
         })
     }
 
@@ -237,6 +264,7 @@ impl Catalog {
             }
             names::forget(connection, &id)?;
             let deleted = connection.execute("DELETE FROM images WHERE id=?1", [&id]).map(|rows| rows > 0).map_err(failed("delete image"))?;
+            connection.execute("DELETE FROM readings WHERE image_id=?1", [&id]).map_err(failed("forget a reading"))?;
             // Who signed tarballs of URLs that no image names any more.
             let of_no_image = "DELETE FROM signers WHERE url LIKE '%://%' AND NOT EXISTS (SELECT 1 FROM images WHERE rootfs_url=signers.url)";
             connection.execute(of_no_image, []).map_err(failed("forget signers"))?;

@@ -6,7 +6,7 @@ use super::{failed, owners};
 use crate::error::{Error, Kind, Result, Stage};
 
 /// Version of the tables, kept in `user_version`: every step adds one.
-const SCHEMA_VERSION: i64 = 6;
+const SCHEMA_VERSION: i64 = 7;
 
 const SCHEMA: &str = "
 CREATE TABLE images (
@@ -61,17 +61,23 @@ const FROM_5: &str = "
 CREATE TABLE signers (digest TEXT NOT NULL, url TEXT NOT NULL, signer TEXT NOT NULL, PRIMARY KEY (digest, url)) STRICT;
 ";
 
+/// From version 6 to 7: what the reader of an image's manifest found.
+const FROM_6: &str = "
+CREATE TABLE readings (image_id TEXT PRIMARY KEY, judged TEXT NOT NULL) STRICT;
+";
+
 /// Makes the tables of a new catalogue, or brings those of an older cloudletd up to date. `Kind::Unsupported` when a newer one made them.
 pub(super) fn prepare(connection: &Connection, object: &str) -> Result<()> {
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed("read schema version"))?;
     // A new catalogue has the tables of version 2 at once; what came later is added to either.
     let steps: &[&str] = match version {
-        0 => &[SCHEMA, FROM_2, owners::TABLES, FROM_5],
-        1 => &[FROM_1, FROM_2, owners::TABLES, FROM_5],
-        2 => &[FROM_2, owners::TABLES, FROM_5],
-        3 => &[owners::TABLES, FROM_5],
-        4 => &[owners::OWNED_KEYS, FROM_5],
-        5 => &[FROM_5],
+        0 => &[SCHEMA, FROM_2, owners::TABLES, FROM_5, FROM_6],
+        1 => &[FROM_1, FROM_2, owners::TABLES, FROM_5, FROM_6],
+        2 => &[FROM_2, owners::TABLES, FROM_5, FROM_6],
+        3 => &[owners::TABLES, FROM_5, FROM_6],
+        4 => &[owners::OWNED_KEYS, FROM_5, FROM_6],
+        5 => &[FROM_5, FROM_6],
+        6 => &[FROM_6],
         SCHEMA_VERSION => return Ok(()),
         other => {
             let message = format!("the catalogue has schema version {other}, this cloudletd knows {SCHEMA_VERSION}");
