@@ -7,6 +7,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     api::{Page, authorise::Caller, encode},
     error::{Error, Kind, Result, Stage},
+    manifest::Manifest,
     names::Digest,
     proto::{self, image_service_server::ImageService},
     render::{Engine, UPLOADS_MAX, blocking, now_secs, vouch::ManifestOrigin},
@@ -22,10 +23,9 @@ fn no_image(id: &str) -> Error {
         .with_violation("image_id", "is not catalogued")
 }
 
-/// Whether the caller may take a root filesystem from where the request or its manifest says. What is wrong with them is found later.
-fn check_source(engine: &Engine, caller: &Caller, request: &proto::CreateImageRequest) -> Result<()> {
-    let manifest = engine.read_manifest(&request.manifest_json).ok();
-    let url = manifest.as_ref().and_then(|manifest| manifest.rootfs()).and_then(|rootfs| rootfs.url.as_deref());
+/// Whether the caller may take a root filesystem from where the request or its manifest says.
+fn check_source(caller: &Caller, request: &proto::CreateImageRequest, manifest: &Manifest) -> Result<()> {
+    let url = manifest.rootfs().and_then(|rootfs| rootfs.url.as_deref());
     [url, Some(request.rootfs_url.as_str())].into_iter().flatten().filter(|url| !url.is_empty()).try_for_each(|url| caller.check_image_url(url))
 }
 
@@ -83,7 +83,9 @@ impl ImageService for Images {
         let response = blocking(Stage::Resolve, move || {
             // Before the first parser.
             let manifest = images.0.vouch_manifest(&request.manifest_json, ManifestOrigin::Call(&request.manifest_signature))?;
-            check_source(&images.0, &caller, &request)?;
+            // An error that is passed over here would pass the caller's limits over too.
+            let read = images.0.read_manifest(manifest.as_str()).map_err(|error| error.under_field("manifest_json"))?;
+            check_source(&caller, &request, &read)?;
             let (record, created) = images.0.create_image(manifest, &request.rootfs_digest, &request.rootfs_url)?;
             caller.note("image", &record.id);
             tracing::info!(image = %record.id, created, "image catalogued");
