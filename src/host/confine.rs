@@ -50,8 +50,8 @@ const OOM_SCORE: &str = "800";
 pub struct Limits {
     /// Memory that it may write to (RLIMIT_DATA), bytes; stacks of threads included.
     pub memory_bytes: u64,
-    /// Length that a file may be written to, bytes.
-    pub file_bytes: u64,
+    /// Length that a file may be written to, bytes; `None` for a process that has none to write but its standard error, which may be a log of any length.
+    pub file_bytes: Option<u64>,
 }
 
 /// What was done.
@@ -155,14 +155,14 @@ fn install(filters: &[BpfProgram]) -> Result<()> {
 }
 
 fn limit(limits: Limits) -> rustix::io::Result<()> {
-    for (resource, value) in [
+    let always = [
         (Resource::Core, 0),
         (Resource::Nofile, DESCRIPTORS_MAX),
-        (Resource::Fsize, limits.file_bytes),
         (Resource::Data, limits.memory_bytes),
         (Resource::Memlock, 0),
         (Resource::Msgqueue, 0),
-    ] {
+    ];
+    for (resource, value) in always.into_iter().chain(limits.file_bytes.map(|bytes| (Resource::Fsize, bytes))) {
         setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
     }
     Ok(())

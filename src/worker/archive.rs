@@ -150,7 +150,7 @@ pub(super) fn serve(job: &TreeJob, data: &[u8], blob: File, mut daemon: child::D
     };
     child::prepare(job.is_encrypted)?;
     let misdeed = job.misdeed.as_deref();
-    match confine(Limits { memory_bytes: job.memory_bytes, file_bytes: 0 }, || child::misdeed::before_the_filter(misdeed)) {
+    match confine(Limits { memory_bytes: job.memory_bytes, file_bytes: None }, || child::misdeed::before_the_filter(misdeed)) {
         Ok(confined) => daemon.reply(&Reply::Confined { missing: confined.missing })?,
         Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
     }

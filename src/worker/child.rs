@@ -103,7 +103,7 @@ fn serve() -> Result<()> {
         None => return Ok(()),
     };
     prepare(job.is_encrypted)?;
-    let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: job.spec.size_bytes };
+    let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: Some(job.spec.size_bytes) };
     let misdeed = job.misdeed.clone();
     let confined = match confine(limits, || misdeed::before_the_filter(misdeed.as_deref())) {
         Ok(confined) => confined,

@@ -55,7 +55,7 @@ pub(super) fn serve(memory_bytes: u64, nothing: &File, mut daemon: Daemon) -> Re
     small::prepare()?;
     // Standard output is the socket to the daemon, which is no child's.
     rustix::stdio::dup2_stdout(nothing).map_err(|errno| failed("put the socket out of reach")(errno.into()))?;
-    let server = match ForkServer::confine(Limits { memory_bytes, file_bytes: 0 }) {
+    let server = match ForkServer::confine(Limits { memory_bytes, file_bytes: None }) {
         Ok(server) => server,
         Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
     };

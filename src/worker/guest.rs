@@ -231,7 +231,7 @@ impl ReadAt for Remote {
 
 /// The worker's side.
 pub(super) fn serve(job: &StudyJob, mut daemon: child::Daemon) -> Result<()> {
-    let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: 0 };
+    let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: None };
     let misdeed = job.misdeed.as_deref();
     match confine(limits, || child::misdeed::before_the_filter(misdeed)) {
         Ok(confined) => daemon.reply(&Reply::Confined { missing: confined.missing })?,
