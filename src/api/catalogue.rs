@@ -66,8 +66,9 @@ impl Catalogue {
             text => {
                 let read = self.0.launcher.stream_products(text.as_bytes(), &Limits::default()).and_then(|products| platforms::of(&products));
                 read.map_err(|error| match error.kind() {
-                    Kind::Internal => error,
-                    _ => Error::field(Stage::Request, "platforms_json", error.message().to_owned()),
+                    Kind::Corrupt | Kind::NoSpace => Error::field(Stage::Request, "platforms_json", error.message().to_owned()),
+                    // Of the reader, not of what it read.
+                    _ => error,
                 })?
             }
         };
