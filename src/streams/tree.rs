@@ -66,7 +66,6 @@ struct Source {
 }
 
 /// A document that was verified.
-#[derive(Clone)]
 struct Verified {
     payload: Vec<u8>,
     signer: String,
@@ -195,20 +194,20 @@ impl Source {
         &self,
         document: Verified,
         parse: impl FnOnce(&Launcher, &[u8], &Limits) -> Result<T> + Send + 'static,
-    ) -> (Verified, Result<T>) {
+    ) -> Result<(Verified, Result<T>)> {
         let (launcher, limits) = (self.launcher.clone(), self.limits);
-        let document = Arc::new(document);
-        let shared = Arc::clone(&document);
-        let parsed = blocking(Stage::Fetch, move || parse(&launcher, &shared.payload, &limits)).await;
-        // The thread that had the other one is done, unless it panicked on its way.
-        (Arc::try_unwrap(document).unwrap_or_else(|shared| (*shared).clone()), parsed)
+        blocking(Stage::Fetch, move || {
+            let parsed = parse(&launcher, &document.payload, &limits);
+            Ok((document, parsed))
+        })
+        .await
     }
 
     /// Reads everything that is wanted: what to keep, by path, with its row.
     async fn read(&self, before: &[StreamDocument], now: i64) -> Result<Vec<(StreamDocument, Option<Vec<u8>>)>> {
         let mut read = Vec::new();
         let first = self.document(&self.start).await?;
-        let (first, document) = self.parsed(first, |launcher, bytes, limits| launcher.stream_document(bytes, limits)).await;
+        let (first, document) = self.parsed(first, |launcher, bytes, limits| launcher.stream_document(bytes, limits)).await?;
         let mut wanted = Vec::new();
         match document? {
             Document::Index(index) => {
@@ -224,7 +223,7 @@ impl Source {
         }
         for (id, path) in wanted {
             let document = self.document(&path).await?;
-            let (document, products) = self.parsed(document, |launcher, bytes, limits| launcher.stream_products(bytes, limits)).await;
+            let (document, products) = self.parsed(document, |launcher, bytes, limits| launcher.stream_products(bytes, limits)).await?;
             let products = products
                 .map_err(|error| Error::new(error.kind(), Stage::Fetch, path.as_str(), error.message().to_owned()).with_reason(error.reason()))?;
             // Otherwise one signed document could be served in the place of another.

@@ -101,21 +101,27 @@ fn counted<T>(answers: Vec<T>, count: usize) -> Result<Vec<T>> {
     if answers.len() == count { Ok(answers) } else { Err(died(format!("it gave {} answers to {count} questions", answers.len()))) }
 }
 
-/// The reader's side.
-pub(super) fn answer(task: &Task, data: &[u8]) -> Result<Option<Vec<u8>>> {
-    Ok(Some(match task {
-        Task::Manifest => json(&Manifest::parse(data)?.to_judged())?,
-        Task::Args => {
-            let ArgsQuestion { schema, given } = question(data)?;
-            json(&Args::compile(&schema)?.resolve(&given)?)?
-        }
-        Task::Templates => {
-            let Templates { sources, context, secret_args } = question(data)?;
-            json(&apply::expand(&sources, &context, &secret_args)?)?
-        }
-        Task::LxdTemplates => json(&pongo::render_all(&question::<Vec<pongo::Request<'static>>>(data)?)?)?,
-        _ => return Ok(None),
-    }))
+/// The reader's side of [`Launcher::manifest`].
+pub(super) fn judge(text: &[u8]) -> Result<Vec<u8>> {
+    json(&Manifest::parse(text)?.to_judged())
+}
+
+/// The reader's side of [`Launcher::resolve_args`].
+pub(super) fn resolve(data: &[u8]) -> Result<Vec<u8>> {
+    let ArgsQuestion { schema, given } = question(data)?;
+    json(&Args::compile(&schema)?.resolve(&given)?)
+}
+
+/// The reader's side of [`Launcher::expand`].
+pub(super) fn expand(data: &[u8]) -> Result<Vec<u8>> {
+    let Templates { sources, context, secret_args } = question(data)?;
+    json(&apply::expand(&sources, &context, &secret_args)?)
+}
+
+/// The reader's side of [`Launcher::expand_lxd`].
+pub(super) fn expand_lxd(data: &[u8]) -> Result<Vec<u8>> {
+    let requests: Vec<pongo::Request<'static>> = question(data)?;
+    json(&pongo::render_all(&requests)?)
 }
 
 fn question<T: DeserializeOwned>(data: &[u8]) -> Result<T> {

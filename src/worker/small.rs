@@ -12,9 +12,11 @@
 //!  LxdMetadata  metadata tarball of Incus or LXD in the file ─▶ its part of a manifest
 //! ```
 //!
-//! What comes back is a key of 16 bytes, a [`Signer`], or bytes that some signature is over. A process that was taken over by what it reads can lie in these,
-//! and no more: it has the identities and the operator's public keys, and nowhere to send them. What it says about a signer is compared with the keys that
-//! were given; what it makes of metadata is checked as a manifest.
+//! What comes back is a key of 16 bytes, a [`Signer`], bytes that some signature is over, or JSON of the types that the daemon keeps. A process that was taken
+//! over by what it reads can lie in these, and no more: it has what it was asked with (identities, the operator's public keys, arguments of one instance), and
+//! nowhere to send it. What it says about a signer is compared with the keys that were given; of a manifest every field is read again from the document
+//! that it gives back. That this is the document which it was given is not checked: it can say that its text is another manifest, whose image then has the other's fields
+//! and id, this text, and whichever secret arguments it says.
 
 use std::{
     fs::File,
@@ -271,9 +273,10 @@ fn answer(task: &Task, data: &[u8], file: Option<File>) -> Result<(Answer, Vec<u
         }
         Task::LxdMetadata { object } => Ok((Answer::Described, lxd::import::tarball(again(file()?, object)?, object)?.to_string().into_bytes())),
         Task::Stream { limits, wanted } => Ok((Answer::Described, stream::answer(data, limits, *wanted)?)),
-        Task::Manifest | Task::Args | Task::Templates | Task::LxdTemplates => {
-            manifest::answer(task, data)?.map(|json| (Answer::Described, json)).ok_or_else(wrong)
-        }
+        Task::Manifest => Ok((Answer::Described, manifest::judge(data)?)),
+        Task::Args => Ok((Answer::Described, manifest::resolve(data)?)),
+        Task::Templates => Ok((Answer::Described, manifest::expand(data)?)),
+        Task::LxdTemplates => Ok((Answer::Described, manifest::expand_lxd(data)?)),
     }
 }
 
