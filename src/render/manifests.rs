@@ -75,8 +75,8 @@ impl Engine {
         Ok(manifest)
     }
 
-    /// The manifest of a catalogued image. `Kind::Corrupt` when it is not the one that the image was catalogued with: what a manifest makes of its reader
-    /// holds for that image at most.
+    /// The manifest of a catalogued image. `Kind::Corrupt` when what its reader found has not the image's id: no reader changes what an image
+    /// means once it is catalogued.
     pub fn manifest_of(&self, record: &ImageRecord) -> Result<Arc<Manifest>> {
         let manifest = self.known_manifest(record)?;
         let digest = record.rootfs_digest.map(|digest| digest.to_string());
