@@ -6,6 +6,7 @@
 pub mod block;
 pub mod command;
 pub mod confine;
+pub mod descriptors;
 pub mod in_use;
 pub mod info;
 pub mod loops;

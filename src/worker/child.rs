@@ -2,20 +2,14 @@
 
 use std::{
     fs::File,
-    io::{self, BufReader, BufWriter, IoSliceMut, Write},
-    mem::MaybeUninit,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    io::{self, BufReader, BufWriter, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
     process::ExitCode,
     sync::{Arc, Mutex},
 };
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-
 use super::{
-    PASSED_MAX, SUBCOMMAND, archive, failed, fork_server, guest,
+    SUBCOMMAND, archive, failed, fork_server, guest,
     small::QUESTION_BYTES_MAX,
     wire::{Job, LOADERS_BYTES_MAX, Reply, Request, WireError},
 };
@@ -23,7 +17,10 @@ use crate::{
     error::{Error, Result, Stage},
     ext4::Ext4,
     fs::mounted::wire::{receive, send},
-    host::confine::{Limits, confine},
+    host::{
+        confine::{Limits, confine},
+        descriptors::passed,
+    },
     manifest::volatile::Volatile,
     names::GuestPath,
     progress::Progress,
@@ -128,20 +125,6 @@ pub(super) fn prepare(is_encrypted: bool) -> Result<()> {
     }
     let volatile = Volatile::compile(&["a.*", "(?!b)c"])?;
     volatile.matches(&GuestPath::root()).map(drop)
-}
-
-/// The descriptors that come beside one byte; nothing when the other end has closed.
-pub(super) fn passed(socket: &UnixStream) -> io::Result<Option<Vec<OwnedFd>>> {
-    let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
-    let mut message = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::CMSG_CLOEXEC)?;
-    let descriptors = message.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-        _ => None,
-    });
-    let descriptors = descriptors.flatten().collect();
-    Ok((received.bytes > 0).then_some(descriptors))
 }
 
 fn work(job: &Job, data: &[u8], blob: File, disk: Arc<File>, daemon: &Arc<Mutex<Daemon>>) -> Result<Filled> {

@@ -32,13 +32,16 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open
 
 use super::{
     SUBCOMMAND,
-    child::{self, Daemon, passed},
-    failed, pass, small,
+    child::{self, Daemon},
+    failed, small,
     wire::{Reply, Request, WireError},
 };
 use crate::{
     error::{Error, Result, Stage},
-    host::confine::{ForkServer, Limits},
+    host::{
+        confine::{ForkServer, Limits},
+        descriptors::{pass, passed},
+    },
 };
 
 /// Children at a time; who takes one more waits for the end of another. Each has two descriptors here, and one more while its socket is on its way.

@@ -44,8 +44,7 @@ mod wire;
 
 use std::{
     fs::File,
-    io::{BufReader, BufWriter, IoSlice, Seek, Write},
-    mem::MaybeUninit,
+    io::{BufReader, BufWriter, Seek, Write},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::{net::UnixStream, process::ExitStatusExt},
@@ -54,8 +53,6 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 pub use self::{
     child::main,
@@ -77,7 +74,7 @@ use crate::{
             wire::{receive, send},
         },
     },
-    host::namespace::Worker,
+    host::{descriptors::pass, namespace::Worker},
     progress::Progress,
     render::fill::{self, Brake, Filled, Inputs},
     target::Pacer,
@@ -90,8 +87,6 @@ pub const SUBCOMMAND: &str = "worker";
 const POLL: Duration = Duration::from_millis(50);
 /// How long the answer to a small job may take; a process that has none by then is killed by the fork server, which sees that nobody waits for it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Descriptors that are passed at a time.
-const PASSED_MAX: usize = 1;
 /// How long the rest of an answer may take: it is in memory, but the machine may be busy.
 const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a worker may take to end after its last answer.
@@ -206,18 +201,6 @@ fn death(signal: Option<i32>, code: Option<i32>) -> Error {
         (None, Some(code)) => died(format!("ended with exit status: {code} without an answer")),
         (None, None) => died("ended without an answer"),
     }
-}
-
-/// Sends descriptors, at most [`PASSED_MAX`], beside one byte.
-fn pass<'d>(socket: &UnixStream, descriptors: impl IntoIterator<Item = BorrowedFd<'d>>) -> std::io::Result<()> {
-    let descriptors: Vec<_> = descriptors.into_iter().collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSED_MAX))];
-    let mut message = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !message.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(std::io::Error::from_raw_os_error(libc::EMSGSIZE));
-    }
-    sendmsg(socket, &[IoSlice::new(&[0])], &mut message, SendFlags::NOSIGNAL)?;
-    Ok(())
 }
 
 impl Conversation {

@@ -10,13 +10,14 @@ use std::{
 };
 
 use super::{
-    ANSWER_TIMEOUT, Conversation, Launcher, child, death, died, failed, pass,
+    ANSWER_TIMEOUT, Conversation, Launcher, death, died, failed,
     small::{Answer, SmallJob, Task},
     wire::{Reply, Request},
 };
 use crate::{
     error::{Error, Kind, Result, Stage},
     fs::mounted::wire::{receive, send},
+    host::descriptors::{pass, passed},
     units::MIB,
 };
 
@@ -58,7 +59,7 @@ impl Server {
 
     /// The socket of a child, which has `file` from now on. `WouldBlock`: all children were busy for as long as an answer may take.
     fn take(&self, file: Option<&File>) -> std::io::Result<UnixStream> {
-        let socket = child::passed(&self.control)?.and_then(|descriptors| descriptors.into_iter().next());
+        let socket = passed(&self.control)?.and_then(|descriptors| descriptors.into_iter().next());
         let socket = UnixStream::from(socket.ok_or(ErrorKind::UnexpectedEof)?);
         pass(&self.control, [])?;
         pass(&socket, file.map(AsFd::as_fd))?;
