@@ -1,9 +1,9 @@
 //! The file a transfer goes into, and the digest of what is in it.
 
 use std::{
-    fs::{File, OpenOptions, TryLockError},
+    fs::{File, OpenOptions, Permissions, TryLockError},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -130,15 +130,17 @@ impl Write for DigestWriter {
 /// another one goes on doing so. Blocking.
 pub(crate) fn open(path: &Path, stage: Stage) -> Result<File> {
     let failed = |doing: &str, error| Error::io(stage, path.display().to_string(), doing, error);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(|error| failed("open for writing", error))?;
+    let open = |is_written: bool| {
+        OpenOptions::new().read(true).write(is_written).create(is_written).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)
+    };
+    let opened = match open(true) {
+        // A daemon that died had made it read-only, as it was complete, and not named it. Only root writes it all the same.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            open(false).and_then(|file| file.set_permissions(Permissions::from_mode(0o600))).and_then(|()| open(true))
+        }
+        other => other,
+    };
+    let file = opened.map_err(|error| failed("open for writing", error))?;
     let mut attempt = 1;
     while let Err(error) = file.try_lock() {
         match error {
