@@ -16,6 +16,7 @@ filter="$JQ_SIZE"'"cloudletd    \(.version)  on \(.kernel) \(.arch)",
     (.pools[] | "pool         \(.name)  \(.kind)  \(.path)  \(if .kind == "directory" then "\(.freeBytes | size) of \(.totalBytes | size) free"
         else "devices: \(.devices | join(", "))" end)  formats: \([.formats[] | ltrimstr("VOLUME_FORMAT_") | ascii_downcase | gsub("_"; "-")] | join(", "))"),
     "confinement  \(.confinement | if (.error // "") != "" then "none: \(.error)" elif .confined then "on, without: \(.missing // [] | join("; ") | if . == "" then "nothing" else . end)" else "off" end)",
+    "privileges   \(.confinement.keeper // "" | if . == "" then "the daemon'\''s own" else "the keeper'\''s (\(.))" end)",
     (.tools[] | "tool         \(.path)  \(.version)")'
 for argument in "$@"; do
     case "$argument" in

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # usage: soak.sh [MINUTES] [--seed SEED]
-# Kills the daemon again and again, at every step of its journal and at random moments, over all targets, for so many minutes (default 10), and prints what was
-# counted. Needs root, and what scripts/setup-debian.sh --test installs. The seed it prints repeats the same sequence of operations and moments.
+# Kills a daemon that is root and one without privileges, behind a keeper, again and again, at every step of its journal and at random moments, over all targets,
+# for so many minutes (default 10), and prints what was counted. Needs root, and what scripts/setup-debian.sh --test installs. The seed it prints repeats the same
+# sequence of operations and moments.
 
 set -euo pipefail
 [[ ${1:-} != --help ]] || { sed --quiet '2,/^$/ s/^# \{0,1\}//p' "$0"; exit 0; }

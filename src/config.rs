@@ -5,6 +5,7 @@ pub mod age;
 mod audit;
 mod fetch;
 mod gc;
+mod keeper;
 mod kernels;
 mod listen;
 pub mod remote;
@@ -26,7 +27,7 @@ pub use listen::{Listen, TCP_WITHOUT_TLS_CONSENT, Tls, TlsVersion};
 
 use serde::Deserialize;
 
-pub use self::{gc::Gc, verify::Verify};
+pub use self::{gc::Gc, keeper::Keeper, verify::Verify};
 use crate::{
     boot::platform::{Bus, Console, Firmware, Hypervisor, Mode, Platform},
     disk::Layout,
@@ -85,6 +86,8 @@ pub struct Config {
     pub publish: streams::Publish,
     /// Processes that read foreign bytes.
     pub worker: worker::Worker,
+    /// The process with the privileges, if the daemon has none.
+    pub keeper: Keeper,
     /// What other hosts may take from this one, and whom it takes from.
     pub share: share::Share,
     /// Keys that open encrypted tarballs. Default: none.
@@ -311,6 +314,7 @@ impl Default for Config {
             streams: Vec::new(),
             publish: streams::Publish::default(),
             worker: worker::Worker::default(),
+            keeper: Keeper::default(),
             share: share::Share::default(),
             age: age::Age::default(),
             trust: Vec::new(),
@@ -468,6 +472,7 @@ impl Config {
             }
         }
         self.worker.check()?;
+        self.keeper.check()?;
         self.age.check()?;
         trust::check(&self.trust)?;
         Ok(self)
@@ -501,7 +506,7 @@ mod tests {
         let shown = Config::parse(include_str!("../systemd/cloudletd.toml.example")).expect("the example is correct");
         let default = Config::default().checked().expect("defaults hold");
         assert_eq!((shown.listen, shown.access, shown.audit), (default.listen, default.access, default.audit));
-        assert_eq!((shown.fetch, shown.sources), (default.fetch, default.sources));
+        assert_eq!((shown.fetch, shown.sources, shown.keeper), (default.fetch, default.sources, default.keeper));
     }
 
     #[test]
@@ -536,6 +541,7 @@ mod tests {
             ("[[stream]]\nname='a'\nurl='https://a.example/'\npolicy='unsigned'\nfilters=['arch']", "stream[0].filters"),
             ("[publish]\nlisten='127.0.0.1:1'", "publish.directory"),
             ("[age]\nidentities=['key']", "age.identities"),
+            ("[keeper]\nsocket='keeper.sock'", "keeper.socket"),
             ("[[trust]]\nprefix='https://a/'\nrequire='signature'", "trust[0].require"),
             ("[[trust]]\nprefix='https://a/'\nrequire='signature'\nopenpgp=['/a']\nminisign=['/b']\nsuffix='.s'", "trust[0].suffix"),
             ("[[trust]]\nprefix='https://a/x%2fy/'\nrequire='nothing'", "trust[0].prefix"),

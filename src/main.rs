@@ -8,6 +8,7 @@ use cloudletd::{
     config::Config,
     error::{Error, Result, Stage},
     fs::mounted::worker,
+    host::keeper,
     manifest, server, telemetry, worker as build_worker,
 };
 
@@ -32,6 +33,15 @@ enum Command {
         /// Path of the unix socket, as a path or unix:PATH; overrides the file.
         #[arg(long, value_name = "PATH", env = "CLOUDLETD_LISTEN")]
         listen: Option<String>,
+        /// Path of the keeper's socket; overrides the file.
+        #[arg(long, value_name = "PATH", env = "CLOUDLETD_KEEPER")]
+        keeper: Option<PathBuf>,
+    },
+    /// Run the keeper: the process with the privileges of a daemon that has none.
+    Keeper {
+        /// Configuration file of the daemon (TOML). Without one, defaults hold.
+        #[arg(long, value_name = "FILE", env = "CLOUDLETD_CONFIG")]
+        config: Option<PathBuf>,
     },
     /// Work with configuration files.
     Config {
@@ -99,7 +109,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Serve { config, state_dir, listen } => {
+        Command::Serve { config, state_dir, listen, keeper } => {
             telemetry::start();
             let mut loaded = match &config {
                 Some(path) => Config::load(path)?,
@@ -115,6 +125,7 @@ fn run(command: Command) -> Result<ExitCode> {
             if let Some(listen) = listen {
                 loaded.listen.unix = listen.trim_start_matches("unix://").trim_start_matches("unix:").into();
             }
+            loaded.keeper.socket = keeper.or(loaded.keeper.socket);
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .enable_all()
                 .thread_name("cloudletd")
@@ -123,6 +134,14 @@ fn run(command: Command) -> Result<ExitCode> {
                 .map_err(|error| Error::io(Stage::Host, "runtime", "start the runtime", error))?;
             runtime.block_on(server::serve(loaded.checked()?))?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Keeper { config } => {
+            telemetry::start();
+            let loaded = match &config {
+                Some(path) => Config::load(path)?,
+                None => Config::default().checked()?,
+            };
+            keeper::run(&loaded).map(|()| ExitCode::SUCCESS)
         }
         Command::Config { command: ConfigCommand::Check { file } } => {
             Config::load(&file)?;

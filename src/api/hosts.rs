@@ -38,10 +38,12 @@ fn key_status(engine: &Engine) -> Option<proto::KeyStatus> {
 }
 
 fn confinement(engine: &Engine) -> proto::Confinement {
+    let keeper = engine.config.keeper.socket.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+    let told = proto::Confinement { keeper, ..Default::default() };
     match engine.missing_layers() {
-        Ok(Some(missing)) => proto::Confinement { confined: true, missing, error: String::new() },
-        Ok(None) => proto::Confinement::default(),
-        Err(error) => proto::Confinement { confined: true, missing: Vec::new(), error },
+        Ok(Some(missing)) => proto::Confinement { confined: true, missing, ..told },
+        Ok(None) => told,
+        Err(error) => proto::Confinement { confined: true, error, ..told },
     }
 }
 

@@ -5,6 +5,7 @@
 //! to the open descriptor: device number, sequence number, size. Names are not trusted twice.
 
 use std::{
+    ffi::OsStr,
     fs::{File, OpenOptions},
     io,
     os::{
@@ -14,9 +15,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     error::{Error, Kind, Result, Stage},
-    host::{in_use, signatures, sys},
+    host::{
+        in_use,
+        keeper::client::{Claimed, keeper},
+        signatures, sys,
+    },
     target::DeviceId,
 };
 
@@ -24,7 +31,7 @@ use crate::{
 pub const LOGICAL_BLOCK_MAX: u64 = 4096;
 
 /// What a claim is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Access {
     /// Looking: opened for reading.
     Inspect,
@@ -36,6 +43,8 @@ pub enum Access {
 #[derive(Debug)]
 pub struct Claim {
     file: File,
+    /// The same for direct I/O, from the keeper: this process can't open it.
+    direct: Option<File>,
     /// The name it was claimed by.
     named: PathBuf,
     /// The node behind the name, e.g. `/dev/dm-3`.
@@ -50,6 +59,16 @@ impl Claim {
     /// `PermissionDenied` (reason `DEVICE_NOT_ALLOWED`): no pattern of `allow` matches the name. `NotFound`: no such node. `InvalidRequest`: not a block
     /// device. `Conflict` (reason `IN_USE`): mounted, swapped on, held or open elsewhere. `Unsupported`: logical blocks larger than 4096 bytes.
     pub fn take(directory: &Path, allow: &[String], name: &str, access: Access) -> Result<Self> {
+        if let Some(keeper) = keeper() {
+            device_path(directory, allow, name)?;
+            let Claimed { file, direct, named, node, id, size_bytes } = keeper.claim(directory, name, access)?;
+            return Ok(Claim { file, direct, named, node, id, size_bytes });
+        }
+        Self::take_for(None, directory, allow, name, access)
+    }
+
+    /// The same, by this process, whatever the process `daemon` has open, for which it is done.
+    pub(super) fn take_for(daemon: Option<u32>, directory: &Path, allow: &[String], name: &str, access: Access) -> Result<Self> {
         let named = device_path(directory, allow, name)?;
         let object = || named.display().to_string();
         let node = std::fs::canonicalize(&named).map_err(|error| Error::io(Stage::Target, object(), "resolve", error))?;
@@ -60,7 +79,7 @@ impl Claim {
         }
         let number = number_of(&before);
         // First, because its refusals say more than EBUSY does.
-        in_use::refuse_device_in_use(&named, number)?;
+        in_use::refuse_device_in_use_but_by(daemon, &named, number)?;
         let file = OpenOptions::new()
             .read(true)
             .write(access == Access::Write)
@@ -83,7 +102,7 @@ impl Claim {
             return Err(Error::new(Kind::Unsupported, Stage::Target, object(), message));
         }
         let id = device_id(&file, number);
-        Ok(Claim { file, named, node, id, size_bytes })
+        Ok(Claim { file, direct: None, named, node, id, size_bytes })
     }
 
     /// The open device.
@@ -121,6 +140,10 @@ impl Claim {
 
     /// A second descriptor of the same device for aligned direct I/O. It is opened through the first one, not by name.
     pub fn open_direct(&self) -> Result<File> {
+        if let Some(direct) = &self.direct {
+            let copy = direct.try_clone();
+            return copy.map_err(|error| Error::io(Stage::Target, self.named.display().to_string(), "duplicate its descriptor", error));
+        }
         OpenOptions::new()
             .read(true)
             .write(true)
@@ -170,8 +193,11 @@ pub struct Identity {
     pub size_bytes: u64,
 }
 
-/// Looks at a block device that may be in use.
-pub fn identify(path: &Path) -> Result<Identity> {
+/// Opens a block device of a pool, which may be in use, for reading.
+pub fn look(path: &Path) -> Result<File> {
+    if let (Some(keeper), Some(directory), Some(name)) = (keeper(), path.parent(), path.file_name().and_then(OsStr::to_str)) {
+        return keeper.look(directory, name);
+    }
     let failed = |doing: &str, error: io::Error| Error::io(Stage::Target, path.display().to_string(), doing, error);
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|error| failed("open", error))?;
     let meta = file.metadata().map_err(|error| failed("stat", error))?;
@@ -180,6 +206,14 @@ pub fn identify(path: &Path) -> Result<Identity> {
             Error::new(Kind::InvalidRequest, Stage::Target, path.display().to_string(), "is not a block device").with_reason("NOT_A_BLOCK_DEVICE")
         );
     }
+    Ok(file)
+}
+
+/// Looks at a block device that may be in use.
+pub fn identify(path: &Path) -> Result<Identity> {
+    let failed = |doing: &str, error: io::Error| Error::io(Stage::Target, path.display().to_string(), doing, error);
+    let file = look(path)?;
+    let meta = file.metadata().map_err(|error| failed("stat", error))?;
     let size_bytes = sys::device_size(&file).map_err(|error| failed("get its size", error))?;
     Ok(Identity { id: device_id(&file, number_of(&meta)), size_bytes })
 }

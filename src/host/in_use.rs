@@ -14,16 +14,35 @@ use std::{
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    host::{loops, mounts},
+    host::{keeper::client::keeper, loops, mounts},
 };
 
 /// How often an open file is looked at before it counts as in use …
 const PROBE_LOOKS: u32 = 5;
 /// … and the time between two looks.
 const PROBE_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a process may have open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Opened {
+    /// A file, by device and inode.
+    File(u64, u64),
+    /// One of these block devices, by number.
+    Devices(Vec<(u32, u32)>),
+}
+
+impl Opened {
+    fn is(&self, other: &std::fs::Metadata) -> bool {
+        match self {
+            Opened::File(device, inode) => !is_block(other) && (other.dev(), other.ino()) == (*device, *inode),
+            Opened::Devices(numbers) => is_block(other) && numbers.contains(&(rustix::fs::major(other.rdev()), rustix::fs::minor(other.rdev()))),
+        }
+    }
+}
 
 /// Refuses with `Conflict` (reason `IN_USE`) when the regular file at `path` is used by anybody else. A missing file is not in use.
 pub fn refuse_file_in_use(path: &Path) -> Result<()> {
@@ -50,7 +69,7 @@ pub fn refuse_file_opened(path: &Path) -> Result<()> {
         Err(errno) => return Err(Error::io(Stage::Target, object(), "lock", errno.into())),
     }
     let meta = file.metadata().map_err(|error| Error::io(Stage::Target, object(), "stat", error))?;
-    match opener(|other| !is_block(other) && (other.dev(), other.ino()) == (meta.dev(), meta.ino())) {
+    match opener(&Opened::File(meta.dev(), meta.ino()), None)? {
         Some(opener) => Err(conflict(path, format!("{opener} has it open"))),
         None => Ok(()),
     }
@@ -81,9 +100,13 @@ pub fn lock_image(file: &File, path: &Path) -> Result<()> {
 /// Refuses with `Conflict` (reason `IN_USE`) when the block device, or a partition of it, is mounted, swapped on, held by a device above it (device
 /// mapper, md) or open in another process. `path` is for the message.
 pub fn refuse_device_in_use(path: &Path, device: (u32, u32)) -> Result<()> {
+    refuse_device_in_use_but_by(None, path, device)
+}
+
+/// The same, whatever the process `daemon` has open, for which this one is asked.
+pub(super) fn refuse_device_in_use_but_by(daemon: Option<u32>, path: &Path, device: (u32, u32)) -> Result<()> {
     refuse_device_claimed(path, device)?;
-    let parts = with_partitions(device);
-    match opener(|other| is_block(other) && parts.contains(&(rustix::fs::major(other.rdev()), rustix::fs::minor(other.rdev())))) {
+    match opener(&Opened::Devices(with_partitions(device)), daemon)? {
         Some(opener) => Err(conflict(path, format!("{opener} has it open"))),
         None => Ok(()),
     }
@@ -166,28 +189,35 @@ fn is_block(meta: &std::fs::Metadata) -> bool {
     meta.file_type().is_block_device()
 }
 
-/// Another process with an open file that `matches`, as `NAME (pid N)`, that still has it after [`PROBE_LOOKS`] looks: udev and monitoring open
-/// things for a moment.
-fn opener(matches: impl Fn(&std::fs::Metadata) -> bool) -> Option<String> {
-    for _ in 1..PROBE_LOOKS {
-        find_opener(&matches)?;
-        std::thread::sleep(PROBE_PAUSE);
+/// Another process with such a file open, as `NAME (pid N)`; see [`opener_but`]. The keeper sees those of other users, too.
+fn opener(what: &Opened, daemon: Option<u32>) -> Result<Option<String>> {
+    match keeper() {
+        Some(keeper) => keeper.opener(what),
+        None => Ok(opener_but(what, daemon)),
     }
-    find_opener(&matches)
 }
 
-fn find_opener(matches: impl Fn(&std::fs::Metadata) -> bool) -> Option<String> {
+/// A process other than this one and `daemon` that still has such a file open after [`PROBE_LOOKS`] looks: udev and monitoring open things for a moment.
+pub(super) fn opener_but(what: &Opened, daemon: Option<u32>) -> Option<String> {
+    for _ in 1..PROBE_LOOKS {
+        find_opener(what, daemon)?;
+        std::thread::sleep(PROBE_PAUSE);
+    }
+    find_opener(what, daemon)
+}
+
+fn find_opener(what: &Opened, daemon: Option<u32>) -> Option<String> {
     let own = std::process::id();
     for entry in std::fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        if pid == own {
+        if pid == own || Some(pid) == daemon {
             continue;
         }
         // Processes come, go and hide; what can't be read has no say.
         let Ok(files) = std::fs::read_dir(entry.path().join("fd")) else { continue };
         for file in files.flatten() {
             // Follows the link to the open file itself, in whatever namespace that is.
-            if std::fs::metadata(file.path()).is_ok_and(|meta| matches(&meta)) {
+            if std::fs::metadata(file.path()).is_ok_and(|meta| what.is(&meta)) {
                 let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
                 return Some(format!("{} (pid {pid})", name.trim()));
             }

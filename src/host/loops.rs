@@ -23,10 +23,14 @@ use std::{
 
 use loopdev::LoopControl;
 use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    host::sys::{self, LOOP_AUTOCLEAR, LOOP_DIRECT_IO, LOOP_PARTSCAN, LOOP_READ_ONLY, LoopInfo},
+    host::{
+        keeper::client::{KeptLoop, keeper},
+        sys::{self, LOOP_AUTOCLEAR, LOOP_DIRECT_IO, LOOP_PARTSCAN, LOOP_READ_ONLY, LoopInfo},
+    },
 };
 
 /// How long an attach may lose the race for free numbers. 200 attaches by 8 threads need well under a second.
@@ -38,7 +42,7 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
 static ATTACH_TURN: Mutex<()> = Mutex::new(());
 
 /// Who ends the binding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Lifetime {
     /// The kernel, when the guard (and every other opener) is gone, whatever happens to this process.
     Guard,
@@ -47,7 +51,7 @@ pub enum Lifetime {
 }
 
 /// How to attach.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Options {
     /// Refuse writes; the backing file may then be open for reading only.
     pub read_only: bool,
@@ -90,8 +94,15 @@ impl Options {
 #[derive(Debug)]
 pub struct LoopDevice {
     /// `None` only after `close` or `keep` took it.
-    bound: Option<Bound>,
+    held: Option<Held>,
     path: PathBuf,
+}
+
+#[derive(Debug)]
+enum Held {
+    Bound(Bound),
+    /// By the keeper.
+    Kept(KeptLoop),
 }
 
 #[derive(Debug)]
@@ -115,6 +126,10 @@ impl LoopDevice {
     ///
     /// `Busy`: no free device could be had in 10 s. `Unsupported`: no loop driver.
     pub fn attach(backing: &File, name: &Path, options: &Options) -> Result<Self> {
+        if let Some(keeper) = keeper() {
+            let kept = keeper.attach(backing, name, options)?;
+            return Ok(LoopDevice { path: kept.path.clone(), held: Some(Held::Kept(kept)) });
+        }
         let doing = || name.display().to_string();
         let identity = backing.metadata().map_err(|error| Error::io(Stage::Host, doing(), "stat before attaching to a loop device", error))?;
         let control = LoopControl::open().map_err(|error| {
@@ -159,25 +174,35 @@ impl LoopDevice {
         PathBuf::from(format!("{}p{number}", self.path.display()))
     }
 
-    /// The open device, for reading and writing.
-    pub fn file(&self) -> &File {
-        &self.bound.as_ref().expect("only close and keep take it, and they consume the guard").node
+    /// The open device, for reading and writing. A keeper does not hand it out.
+    pub fn file(&self) -> Result<&File> {
+        match &self.held {
+            Some(Held::Bound(bound)) => Ok(&bound.node),
+            _ => Err(Error::internal(Stage::Host, self.path.display().to_string(), "this process does not have the loop device open")),
+        }
     }
 
     /// Whether it bypasses the page cache of its file, as the kernel decided.
     pub fn is_direct(&self) -> Result<bool> {
-        let status = sys::loop_status(self.file()).map_err(|error| self.error("query", error))?;
+        if let Some(Held::Kept(kept)) = &self.held {
+            return Ok(kept.is_direct);
+        }
+        let status = sys::loop_status(self.file()?).map_err(|error| self.error("query", error))?;
         Ok(status.flags & LOOP_DIRECT_IO != 0)
     }
 
     /// Gives up the lock that keeps udev away, for tools that lock the device themselves (mkfs.btrfs).
     pub fn unlock(&self) -> Result<()> {
-        rustix::fs::flock(self.file(), FlockOperation::Unlock).map_err(|errno| self.error("unlock", errno.into()))
+        rustix::fs::flock(self.file()?, FlockOperation::Unlock).map_err(|errno| self.error("unlock", errno.into()))
     }
 
     /// Flushes, detaches and waits until the kernel has let go of the file. `Busy`: somebody still has the device open; it goes with their close.
     pub fn close(mut self) -> Result<()> {
-        let Some(bound) = self.bound.take() else { return Ok(()) };
+        let bound = match self.held.take() {
+            Some(Held::Bound(bound)) => bound,
+            Some(Held::Kept(kept)) => return kept.close(),
+            None => return Ok(()),
+        };
         let synced = bound.node.sync_all().map_err(|error| self.error("flush", error));
         let detached = bound.detach().map_err(|error| self.error("detach", error));
         synced?;
@@ -186,13 +211,15 @@ impl LoopDevice {
     }
 
     /// Leaves the device bound and gives its path. Only sensible with [`Lifetime::UntilDetached`].
-    pub fn keep(mut self) -> PathBuf {
-        self.bound = None;
-        std::mem::take(&mut self.path)
+    pub fn keep(mut self) -> Result<PathBuf> {
+        if let Some(Held::Kept(kept)) = self.held.take() {
+            kept.keep()?;
+        }
+        Ok(std::mem::take(&mut self.path))
     }
 
     fn verify(self, backing: &std::fs::Metadata, name: &Path) -> Result<Self> {
-        let status = sys::loop_status(self.file()).map_err(|error| self.error("query after attaching", error))?;
+        let status = sys::loop_status(self.file()?).map_err(|error| self.error("query after attaching", error))?;
         if (status.device, status.inode) != (backing.dev(), backing.ino()) {
             let message = format!(
                 "is bound to inode {} on device {:#x}; expected inode {} on {:#x} ({})",
@@ -225,10 +252,13 @@ impl Bound {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if let Some(bound) = self.bound.take()
-            && let Err(error) = bound.detach()
-        {
-            tracing::warn!(device = %self.path.display(), %error, "a loop device is left attached");
+        let detached = match self.held.take() {
+            Some(Held::Bound(bound)) => bound.detach().map_err(|error| self.error("detach", error)),
+            Some(Held::Kept(kept)) => kept.close(),
+            None => Ok(()),
+        };
+        if let Err(error) = detached {
+            tracing::warn!(device = %self.path.display(), error = %error.chain(), "a loop device is left attached");
         }
     }
 }
@@ -243,7 +273,7 @@ fn try_attach(control: &LoopControl, backing: &File, name: &Path, options: &Opti
     rustix::fs::flock(&node, FlockOperation::NonBlockingLockExclusive)?;
     let info = LoopInfo::new(name.as_os_str().as_encoded_bytes(), options.offset, options.size_limit, options.flags());
     sys::loop_configure(&device, backing, options.block_size, &info)?;
-    Ok(LoopDevice { bound: Some(Bound { device, node }), path })
+    Ok(LoopDevice { held: Some(Held::Bound(Bound { device, node })), path })
 }
 
 /// All bound loop devices, by number of their node's directory order.
@@ -272,6 +302,14 @@ pub fn find_by_backing(path: &Path) -> Result<Vec<PathBuf>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(Error::io(Stage::Host, path.display().to_string(), "stat", error)),
     };
+    match keeper() {
+        Some(keeper) => keeper.loops_of(wanted),
+        None => find_by_inode(wanted),
+    }
+}
+
+/// As [`find_by_backing`], for the file that is this device and inode.
+pub(super) fn find_by_inode(wanted: (u64, u64)) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for device in attached()? {
         // The path usually tells without opening the device; an opener delays the end of a binding that is just being released.
@@ -290,6 +328,14 @@ pub fn find_by_backing(path: &Path) -> Result<Vec<PathBuf>> {
 /// Detaches the loop device at `path` and waits until it is unbound. Not bound is success. `Conflict` (reason `DEVICE_IN_USE`): it, or a partition of
 /// it, is mounted or claimed; nothing was changed. `Busy`: somebody has it open; the kernel ends it with their close.
 pub fn detach(path: &Path) -> Result<()> {
+    match keeper() {
+        Some(keeper) => keeper.detach(path),
+        None => detach_when(path, |_| Ok(())),
+    }
+}
+
+/// The same, when nothing is said against the file that it is bound to; nobody can bind it to another in between.
+pub(super) fn detach_when(path: &Path, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let object = || path.display().to_string();
     let bound_to = path.file_name().and_then(backing_of);
     if bound_to.is_none() {
@@ -302,6 +348,10 @@ pub fn detach(path: &Path) -> Result<()> {
         }
         Err(error) => return Err(Error::io(Stage::Host, object(), "open to detach", error)),
     };
+    match path.file_name().and_then(backing_of) {
+        Some(backing) => check(&backing)?,
+        None => return Ok(()),
+    }
     let device = loopdev::LoopDevice::open(path).map_err(|error| Error::io(Stage::Host, object(), "open to detach", error))?;
     Bound { device, node }.detach().map_err(|error| Error::io(Stage::Host, object(), "detach", error))?;
     wait_until_unbound(path, bound_to.as_deref())

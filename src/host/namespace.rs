@@ -35,7 +35,11 @@ use sys_mount::{FilesystemType, MountFlags, UnmountFlags};
 
 use crate::{
     error::{Error, Kind, Result, Stage},
-    host::{command::SEARCH_PATH, sys},
+    host::{
+        command::SEARCH_PATH,
+        keeper::client::{KeptChild, Leash, keeper},
+        sys,
+    },
 };
 
 /// What glibc's allocator (mallopt(3)) would find out by opening files, which ends a confined process: how many processors there are, when the ninth thread
@@ -44,11 +48,28 @@ const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "8"), ("MALLOC_TRIM_T
 /// How long an abandoned worker may take to unmount and go before it is killed.
 const ABANDON_GRACE: Duration = Duration::from_secs(10);
 
+/// What a child is killed by.
+#[derive(Debug)]
+enum Process {
+    Own(OwnedFd),
+    Kept(Leash),
+}
+
+impl Process {
+    /// The only error is that it has ended.
+    fn kill(&self) {
+        let _ended = match self {
+            Process::Own(pidfd) => pidfd_send_signal(pidfd.as_fd(), Signal::KILL).map_err(io::Error::from),
+            Process::Kept(leash) => leash.kill(),
+        };
+    }
+}
+
 /// A running child that speaks over a socket.
 #[derive(Debug)]
 pub struct Worker {
     socket: UnixStream,
-    pidfd: OwnedFd,
+    process: Process,
     ended: Receiver<io::Result<ExitStatus>>,
     waiter: Option<JoinHandle<()>>,
     name: String,
@@ -56,47 +77,36 @@ pub struct Worker {
 
 impl Worker {
     /// Starts `program` with `arguments`, `stdin` as its standard input and the other end of [`Worker::socket`] as its standard output. Standard error
-    /// is the daemon's own, for panics; the environment is `LC_ALL=C` and `PATH`; the working directory `/`.
+    /// is the daemon's own, for panics; the environment is `LC_ALL=C` and `PATH`; the working directory `/`. With a keeper it is the keeper's child and
+    /// program.
     pub fn spawn(program: &Path, arguments: &[&str], stdin: OwnedFd) -> Result<Self> {
         let name = format!("{} {}", program.display(), arguments.join(" "));
         let failed = |doing: &str, error| Error::io(Stage::Host, name.clone(), doing, error);
         let (socket, theirs) = UnixStream::pair().map_err(|error| failed("make a socket pair", error))?;
-        let mut command = Command::new(program);
-        command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", SEARCH_PATH.join(":")).current_dir("/");
-        command.envs(ALLOCATOR);
-        command.stdin(Stdio::from(stdin)).stdout(Stdio::from(OwnedFd::from(theirs))).process_group(0);
-        sys::kill_with_parent(&mut command);
-        sys::inherit_nothing(&mut command);
+        let theirs = OwnedFd::from(theirs);
         let (started, wait_start) = mpsc::channel();
         let (end, ended) = mpsc::channel();
-        // The parent-death signal comes when the *thread* that made the child ends; this one waits for the child, whatever becomes of the caller's.
-        let waiter = std::thread::Builder::new().name("mount-worker".into()).spawn(move || {
-            let child = command.spawn();
-            // The command holds our copies of the child's descriptors; the child's end must be the only one.
-            drop(command);
-            match child {
-                Ok(mut child) => {
-                    let pidfd = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH));
-                    let opened = pidfd.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from));
-                    let usable = opened.is_ok();
-                    if started.send(opened).is_err() || !usable {
-                        // Nobody is there to watch it; the error that matters has been sent.
-                        let _gone = child.kill();
-                    }
-                    let _nobody_waits = end.send(child.wait());
-                }
-                Err(error) => {
-                    let _nobody_waits = started.send(Err(error));
-                }
+        let thread = std::thread::Builder::new().name("mount-worker".into());
+        let waiter = match keeper() {
+            Some(keeper) => {
+                let child = keeper.start(arguments.first().copied().unwrap_or_default(), &stdin, &theirs)?;
+                // The child's end must be the only one.
+                drop((stdin, theirs));
+                thread.spawn(move || wait_for_kept(child, &started, &end))
             }
-        });
+            None => {
+                let command = worker_command(program, arguments, stdin, theirs);
+                // The parent-death signal comes when the *thread* that made the child ends; this one waits for the child, whatever becomes of the caller's.
+                thread.spawn(move || start_and_wait(command, &started, &end))
+            }
+        };
         let waiter = waiter.map_err(|error| failed("start a thread", error))?;
-        let pidfd = match wait_start.recv() {
-            Ok(Ok(pidfd)) => pidfd,
+        let process = match wait_start.recv() {
+            Ok(Ok(process)) => process,
             Ok(Err(error)) => return Err(failed("start", error)),
             Err(_) => return Err(Error::internal(Stage::Host, name, "the thread that starts it died")),
         };
-        Ok(Worker { socket, pidfd, ended, waiter: Some(waiter), name })
+        Ok(Worker { socket, process, ended, waiter: Some(waiter), name })
     }
 
     /// Our end of the conversation.
@@ -135,8 +145,7 @@ impl Worker {
                 return Err(Error::internal(Stage::Host, self.name.clone(), "the thread that waits for it died"));
             }
         }
-        // The only error is that it has ended.
-        let _ended = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL);
+        self.process.kill();
         match self.ended.recv_timeout(ABANDON_GRACE) {
             Ok(status) => {
                 self.join();
@@ -151,8 +160,7 @@ impl Worker {
     }
 
     fn kill(&mut self) {
-        // The only error is that it has ended.
-        let _ended = pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL);
+        self.process.kill();
         match self.ended.recv_timeout(ABANDON_GRACE) {
             Err(RecvTimeoutError::Timeout) => {
                 // Inside a system call that does not end, on a disk that does not answer. Its thread stays until it does.
@@ -186,6 +194,50 @@ impl Drop for Worker {
             }
             Ok(_) | Err(RecvTimeoutError::Disconnected) => self.join(),
         }
+    }
+}
+
+/// How a worker is started: see [`Worker::spawn`].
+pub(super) fn worker_command(program: &Path, arguments: &[&str], stdin: OwnedFd, stdout: OwnedFd) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().env("LC_ALL", "C").env("PATH", SEARCH_PATH.join(":")).current_dir("/");
+    command.envs(ALLOCATOR);
+    command.stdin(Stdio::from(stdin)).stdout(Stdio::from(stdout)).process_group(0);
+    sys::kill_with_parent(&mut command);
+    sys::inherit_nothing(&mut command);
+    command
+}
+
+type Started = mpsc::Sender<io::Result<Process>>;
+type End = mpsc::Sender<io::Result<ExitStatus>>;
+
+fn start_and_wait(mut command: Command, started: &Started, end: &End) {
+    let child = command.spawn();
+    // The command holds our copies of the child's descriptors; the child's end must be the only one.
+    drop(command);
+    match child {
+        Ok(mut child) => {
+            let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH));
+            let opened = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from));
+            let usable = opened.is_ok();
+            if started.send(opened.map(Process::Own)).is_err() || !usable {
+                // Nobody is there to watch it; the error that matters has been sent.
+                let _gone = child.kill();
+            }
+            let _nobody_waits = end.send(child.wait());
+        }
+        Err(error) => {
+            let _nobody_waits = started.send(Err(error));
+        }
+    }
+}
+
+/// A child that nobody watches ends with its connection, here.
+fn wait_for_kept(child: KeptChild, started: &Started, end: &End) {
+    let leash = child.leash();
+    let usable = leash.is_ok();
+    if started.send(leash.map(Process::Kept)).is_ok() && usable {
+        let _nobody_waits = end.send(child.wait());
     }
 }
 

@@ -36,6 +36,7 @@ use crate::{
     },
     config::Config,
     error::{Error, Kind, Result, Stage},
+    host::keeper::use_keeper,
     proto::{
         DESCRIPTOR_SET, catalogue_service_server::CatalogueServiceServer, host_service_server::HostServiceServer,
         image_service_server::ImageServiceServer, render_service_server::RenderServiceServer, share_service_server::ShareServiceServer,
@@ -59,9 +60,12 @@ pub async fn serve(config: Config) -> Result<()> {
     serve_until(config, stop).await
 }
 
-/// Runs the daemon until `stop` is ready, then drains: no new calls, running renders get `limits.drain_timeout_secs`, the rest is cancelled.
+/// Runs the daemon until `stop` is ready, with the keeper of the configuration for the whole process, then drains: no new calls, running renders get `limits.drain_timeout_secs`, the rest is cancelled.
 pub async fn serve_until(config: Config, stopped: impl Future<Output = ()>) -> Result<()> {
     let begun = std::time::Instant::now();
+    if let Some(socket) = &config.keeper.socket {
+        use_keeper(socket)?;
+    }
     let store = Store::open(&config.state_dir)?;
     let engine = Engine::new(store, config.clone())?;
     let starting = Arc::clone(&engine);

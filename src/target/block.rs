@@ -336,7 +336,7 @@ fn peek(pool: &Pool, name: &VolumeName, bytes: u64) -> Result<Option<Vec<u8>>> {
         other => other?,
     };
     let failed = |error| Error::io(Stage::Target, path.display().to_string(), "read its head", error);
-    let file = File::open(&path).map_err(failed)?;
+    let file = block::look(&path)?;
     let mut head = vec![0; bytes as usize];
     file.read_exact_at(&mut head, 0).map_err(failed)?;
     Ok(Some(head))

@@ -114,7 +114,7 @@ impl Staged for StagedLoop {
             }
         }
         match file.publish() {
-            Ok(volume) => Ok(Volume { device: device.keep(), ..volume }),
+            Ok(volume) => Ok(Volume { device: device.keep()?, ..volume }),
             Err(error) => Err(match replaced.map(|old| attach(&old.path, &old.options)).transpose() {
                 // The old volume goes on; its device may have another number until it is adopted.
                 Ok(_) => error,
@@ -126,7 +126,7 @@ impl Staged for StagedLoop {
 
 /// Attaches a volume's file as was chosen for it.
 fn attach(path: &Path, chosen: &VolumeOptions) -> Result<PathBuf> {
-    Ok(attach_as(path, &attach_options(chosen), chosen)?.keep())
+    attach_as(path, &attach_options(chosen), chosen)?.keep()
 }
 
 fn attach_options(chosen: &VolumeOptions) -> Options {

@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::keeper::{Keeper, copy_into, give_away, kept_command};
+
 /// How long the daemon may take to listen; its budget is 100 ms, the machine may be busy.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long it may take to drain after SIGTERM before the test calls it a bug.
@@ -17,6 +19,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// A running daemon. Dropping it stops it; [`Daemon::stop`] also checks how it ended.
 pub struct Daemon {
     child: Option<Child>,
+    /// The process with the privileges, of a daemon that has none.
+    keeper: Option<Keeper>,
     directory: PathBuf,
     /// Removed with the daemon, when the daemon made it.
     owned: Option<tempfile::TempDir>,
@@ -34,21 +38,41 @@ impl Daemon {
         daemon
     }
 
+    /// The same, as a user without privileges behind a keeper, with `keeper` added to its table.
+    #[track_caller]
+    pub fn start_kept(keeper: &str, config: &str) -> Self {
+        let owned = tempfile::Builder::new().prefix("cloudletd-test-").tempdir().expect("make a temporary directory");
+        let mut daemon = Self::configured(owned.path(), config, Some(keeper));
+        daemon.owned = Some(owned);
+        daemon
+    }
+
     /// The same in a directory of the caller's choice, e.g. on a filesystem made for the test, or one an earlier daemon used.
     ///
     /// `config` is tables only, without `[listen]`; a `[fetch]` table in it gets the `file_roots` added. A pool named `default` lies in
     /// `state/volumes` below the directory when it names no pool.
     #[track_caller]
     pub fn start_in(directory: &Path, config: &str) -> Self {
+        Self::configured(directory, config, std::env::var_os("CLOUDLETD_TEST_KEPT").map(|_| ""))
+    }
+
+    #[track_caller]
+    fn configured(directory: &Path, config: &str, keeper: Option<&str>) -> Self {
         let directory = fs::canonicalize(directory).expect("the daemon's directory exists");
         let path = directory.join("cloudletd.toml");
         let roots = [super::fixture::directory(), directory.clone()];
         let quoted: Vec<String> = roots.iter().map(|root| format!("{:?}", root.to_str().expect("test paths are UTF-8"))).collect();
         let file_roots = format!("[fetch]\nfile_roots = [{}]\n", quoted.join(", "));
         let tables = if config.contains("[fetch]\n") { config.replacen("[fetch]\n", &file_roots, 1) } else { format!("{file_roots}{config}") };
-        let text = format!("state_dir = {:?}\n[listen]\nunix = {:?}\n{tables}\n", directory.join("state"), directory.join("sock"));
+        let is_kept = keeper.is_some();
+        let keeper = keeper.map(|more| Keeper::table(&directory, more)).unwrap_or_default();
+        let text = format!("state_dir = {:?}\n[listen]\nunix = {:?}\n{keeper}{tables}\n", directory.join("state"), directory.join("sock"));
         fs::write(&path, text).expect("write the configuration");
-        let mut daemon = Self { child: None, directory, owned: None, config: path };
+        let mut daemon = Self { child: None, keeper: None, directory, owned: None, config: path };
+        if is_kept {
+            give_away(&daemon.directory);
+            daemon.start_keeper();
+        }
         daemon.spawn();
         daemon
     }
@@ -60,11 +84,33 @@ impl Daemon {
         self.spawn();
     }
 
+    /// Starts the keeper of a kept daemon, again if it was killed.
+    #[track_caller]
+    pub fn start_keeper(&mut self) {
+        self.keeper = Some(Keeper::start(&self.directory));
+    }
+
+    /// Kills the keeper (SIGKILL).
+    pub fn kill_keeper(&mut self) {
+        self.keeper = None;
+    }
+
+    /// The keeper's process id.
+    pub fn keeper_pid(&self) -> u32 {
+        self.keeper.as_ref().expect("the daemon is kept").pid()
+    }
+
+    /// The keeper's socket.
+    pub fn keeper_socket(&self) -> PathBuf {
+        self.directory.join("keeper")
+    }
+
     #[track_caller]
     fn spawn(&mut self) {
         let mut log = File::options().append(true).create(true).open(self.directory.join("log")).expect("open the daemon's log");
         writeln!(log, "--- start").expect("write the daemon's log");
-        let child = Command::new(env!("CARGO_BIN_EXE_cloudletd"))
+        let mut command = if self.keeper.is_some() { kept_command(&self.directory) } else { Command::new(env!("CARGO_BIN_EXE_cloudletd")) };
+        let child = command
             .args(["serve", "--config"])
             .arg(&self.config)
             .env_remove("NOTIFY_SOCKET")
@@ -84,6 +130,12 @@ impl Daemon {
             assert!(Instant::now() < deadline, "cloudletd does not listen on {}:\n{}", socket.display(), self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// A file where the daemon's user may read it: itself, or a copy in the daemon's directory.
+    #[track_caller]
+    pub fn readable(&self, file: &Path) -> PathBuf {
+        if self.keeper.is_none() { file.to_owned() } else { copy_into(&self.directory, file) }
     }
 
     /// Its unix socket.

@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod e2fsck;
 pub mod fixture;
 pub mod guest_trees;
+pub mod keeper;
 pub mod leak;
 pub mod pki;
 pub mod pygrub;

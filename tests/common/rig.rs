@@ -54,7 +54,7 @@ fn grpcurl() -> PathBuf {
 /// Catalogues a fixture as an image and returns the image id. `more` is added to the manifest.
 #[track_caller]
 pub fn image(daemon: &Daemon, fixture: &str, more: &Value) -> String {
-    let tarball = fixture::get(fixture).tarball;
+    let tarball = daemon.readable(&fixture::get(fixture).tarball);
     let mut manifest = json!({
         "name": fixture, "arch": "x86_64", "entry_points": {"kernel": {"os": "linux"}},
         "rootfs": {"url": format!("file://{}", tarball.display())},

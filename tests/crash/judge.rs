@@ -186,14 +186,14 @@ fn store_fits(rig: &Rig, goldens: &[proto::Golden]) {
     }
 }
 
-/// Every process that knows the state directory is the daemon.
+/// Every process that knows the state directory is the daemon, or its keeper.
 fn no_children(rig: &Rig) {
     let state = rig.path("cloudletd.toml").display().to_string();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("proc").flatten() {
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
         let line = String::from_utf8_lossy(&line).into_owned();
-        if line.contains(&state) {
+        if line.contains(&state) && !line.contains("\0keeper\0") {
             found.push(line);
         }
     }

@@ -70,12 +70,12 @@ impl Figures {
         self.recoveries.extend(outcome.recoveries);
     }
 
-    fn print(&mut self, seed: u64, elapsed: Duration) {
+    fn print(&mut self, whose: &str, seed: u64, elapsed: Duration) {
         self.recoveries.sort();
         let at = |part: usize| {
             self.recoveries.get((self.recoveries.len() * part / 100).min(self.recoveries.len().saturating_sub(1))).copied().unwrap_or_default()
         };
-        println!("seed {seed}: {} kills in {:.0} s", self.kills, elapsed.as_secs_f64());
+        println!("{whose}, seed {seed}: {} kills in {:.0} s", self.kills, elapsed.as_secs_f64());
         println!(
             "  operations that had taken effect when the daemon died, or were completed by the next: {}; taken back: {}",
             self.completed, self.taken_back
@@ -93,24 +93,31 @@ impl Figures {
 
 #[test]
 fn two_hundred_kills_leave_volumes_complete_or_absent_and_every_retry_gives_the_right_answer() {
+    campaign("a daemon that is root", Rig::new(), number("CLOUDLETD_CRASH_KILLS").map_or(KILLS, |kills| kills as u32));
+}
+
+#[test]
+fn so_do_kills_at_every_step_of_a_daemon_without_privileges() {
+    campaign("a daemon without privileges", Rig::kept(), 0);
+}
+
+/// Every step of every operation once, and then whatever comes, until there were so many kills and as much time as was asked for.
+fn campaign(whose: &str, mut rig: Rig, kills: u32) {
+    let lasts = Duration::from_secs(60 * number("CLOUDLETD_CRASH_MINUTES").unwrap_or(0));
     let seed = number("CLOUDLETD_CRASH_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
         now.as_nanos() as u64 | 1
     });
-    let kills = number("CLOUDLETD_CRASH_KILLS").map_or(KILLS, |kills| kills as u32);
-    let minutes = number("CLOUDLETD_CRASH_MINUTES").unwrap_or(0);
-    println!("CLOUDLETD_CRASH_SEED={seed}");
+    println!("{whose}: CLOUDLETD_CRASH_SEED={seed}");
     let (mut random, begun, mut figures) = (Random(seed), Instant::now(), Figures::default());
-    let mut rig = Rig::new();
     rig.learn();
-    // Every step of every operation once, and then whatever comes.
     let mut plan = Vec::new();
     for kind in Kind::ALL {
         plan.extend(kind.steps().iter().map(|(step, times)| (kind, Stop::At { step, times: *times })));
     }
     let systematic = plan.len();
     let mut round = 0usize;
-    while round < systematic || figures.kills < kills || begun.elapsed() < Duration::from_secs(60 * minutes) {
+    while round < systematic || figures.kills < kills || begun.elapsed() < lasts {
         let (kind, stop) = match plan.get(round) {
             Some((kind, stop)) => (*kind, stop.clone()),
             None => {
@@ -127,7 +134,7 @@ fn two_hundred_kills_leave_volumes_complete_or_absent_and_every_retry_gives_the_
         figures.add(kind, &stop, outcome);
         round += 1;
     }
-    figures.print(seed, begun.elapsed());
+    figures.print(whose, seed, begun.elapsed());
     let reached: BTreeSet<&str> = figures.by_step.keys().map(String::as_str).collect();
     let missed: Vec<&&str> = STEPS.iter().filter(|step| !reached.contains(**step)).collect();
     assert!(missed.is_empty(), "no kill at these steps: {missed:?}");

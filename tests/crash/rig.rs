@@ -21,7 +21,11 @@ use cloudletd::{
 use tokio::{net::UnixStream, runtime::Runtime};
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use crate::common::{leak::loop_devices, server::tarball_with};
+use crate::common::{
+    keeper::{Keeper, give_away, kept_command},
+    leak::loop_devices,
+    server::tarball_with,
+};
 
 const MIB: u64 = 1 << 20;
 /// How long anything may take before the test calls it lost.
@@ -60,6 +64,8 @@ pub struct Rig {
     device: PathBuf,
     pub runtime: Runtime,
     daemon: Option<Child>,
+    /// The process with the privileges, of daemons that have none.
+    keeper: Option<Keeper>,
     pub clients: Option<Clients>,
     pub image: String,
     /// What a clean render of each kind holds, by instance and host name.
@@ -75,6 +81,16 @@ impl Rig {
         Rig::with(|_| (), &[])
     }
 
+    /// One whose daemons have no privileges, and a keeper that outlives them.
+    pub fn kept() -> Rig {
+        let mut rig = Rig::new();
+        let mut config = File::options().append(true).open(rig.path("cloudletd.toml")).expect("open");
+        config.write_all(Keeper::table(rig.directory.path(), "").as_bytes()).expect("write");
+        give_away(rig.directory.path());
+        rig.keeper = Some(Keeper::start(rig.directory.path()));
+        rig
+    }
+
     /// One whose directory was prepared by `prepare`, and whose daemons have more in their environment.
     pub fn with(prepare: impl FnOnce(&Path), environment: &[(&str, &str)]) -> Rig {
         assert!(nix::unistd::geteuid().is_root(), "this test attaches loop devices: it needs root");
@@ -85,7 +101,7 @@ impl Rig {
         let file = File::options().read(true).write(true).create_new(true).open(&backing).expect("create");
         file.set_len(40 * MIB).expect("size");
         // Not held open: a device that somebody has open is not written.
-        let device = LoopDevice::attach(&file, &backing, &Options::persistent()).expect("attach").keep();
+        let device = LoopDevice::attach(&file, &backing, &Options::persistent()).expect("attach").keep().expect("keep");
         fs::create_dir_all(root.join("by-id")).expect("directory");
         std::os::unix::fs::symlink(&device, root.join("by-id/vm-disk")).expect("link");
         // Without an SSH server no keys are drawn: two renders of one instance hold the same.
@@ -106,6 +122,7 @@ impl Rig {
             device,
             runtime,
             daemon: None,
+            keeper: None,
             clients: None,
             image: String::new(),
             reference: BTreeMap::new(),
@@ -134,7 +151,7 @@ impl Rig {
         assert!(self.daemon.is_none(), "one runs");
         let mut log = File::options().append(true).create(true).open(self.path("log")).expect("open the log");
         writeln!(log, "--- start {stop_at:?}").expect("write the log");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cloudletd"));
+        let mut command = if self.keeper.is_some() { kept_command(self.directory.path()) } else { Command::new(env!("CARGO_BIN_EXE_cloudletd")) };
         command.args(["serve", "--config"]).arg(self.path("cloudletd.toml")).env_remove("NOTIFY_SOCKET").env_remove("LISTEN_FDS");
         if let Some((step, times)) = stop_at {
             command.env("CLOUDLETD_STOP_AT", format!("{step}:{times}"));

@@ -39,7 +39,7 @@ fn eight_threads_attach_and_close_25_times_each_without_a_failure_or_a_leak() {
                 for round in 0..25u64 {
                     let device = LoopDevice::attach(&open(&path), &path, &Options::guarded()).expect("attach");
                     let mark = (thread << 32 | round).to_be_bytes();
-                    device.file().write_all_at(&mark, 512).expect("write");
+                    device.file().expect("open").write_all_at(&mark, 512).expect("write");
                     let node = device.path().to_owned();
                     assert_eq!(loops::find_by_backing(&path).expect("list"), [node]);
                     device.close().expect("close");
@@ -144,7 +144,7 @@ fn a_mounted_loop_device_is_not_detached() {
     let kit = Kit::new(2 * MIB);
     let path = image(&kit, "mounted.img", 16 * MIB);
     tool("mkfs.ext4", &["-q", text(&path)]);
-    let device = LoopDevice::attach(&open(&path), &path, &Options::persistent()).expect("attach").keep();
+    let device = LoopDevice::attach(&open(&path), &path, &Options::persistent()).expect("attach").keep().expect("keep");
     let point = kit.directory.path().join("mnt with space");
     std::fs::create_dir(&point).expect("mount point");
     tool("mount", &[text(&device), text(&point)]);

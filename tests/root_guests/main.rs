@@ -6,6 +6,7 @@ mod boot_platforms;
 mod common;
 mod filesystems;
 mod guest_judges;
+mod keeper;
 mod net_judges;
 mod readers;
 mod reconfigure;
