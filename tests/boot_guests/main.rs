@@ -6,5 +6,6 @@ mod firmware;
 mod networks;
 mod reconfigure;
 mod secure;
+mod service;
 mod shared;
 mod targets;

@@ -46,7 +46,8 @@ pub fn call_ok(daemon: &Daemon, method: &str, request: &Value) -> Value {
     call(daemon, method, request).unwrap_or_else(|error| panic!("{method} {request}: {error}\n--- daemon ---\n{}", daemon.log()))
 }
 
-fn grpcurl() -> PathBuf {
+/// The program.
+pub fn grpcurl() -> PathBuf {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/grpcurl");
     std::env::var_os("GRPCURL").map_or_else(|| if built.exists() { built } else { "grpcurl".into() }, PathBuf::from)
 }
