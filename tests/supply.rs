@@ -33,6 +33,22 @@ const BANNED: [(&str, &str); 7] = [
     ("libz-sys", "zlib-rs is what decompresses"),
 ];
 
+/// What the keeper runs with privileges, beside reading the operator's configuration; `src/host/keeper/mod.rs` says so too.
+const PRIVILEGED: [&str; 9] = ["keeper/mod", "keeper/wire", "keeper/serve", "block", "in_use", "loops", "mounts", "sys", "descriptors"];
+/// Lines that one reads in one sitting, comments included.
+const SITTING: usize = 2_000;
+
+#[test]
+fn what_runs_with_privileges_can_be_read_in_one_sitting() {
+    let lines = |name: &&str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("src/host/{name}.rs"));
+        let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        text.split("#[cfg(test)]\nmod tests").next().expect("a first part").lines().count()
+    };
+    let total: usize = PRIVILEGED.iter().map(lines).sum();
+    assert!((1..=SITTING).contains(&total), "{total} lines");
+}
+
 fn packages() -> Vec<Value> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     let output = Command::new(cargo)

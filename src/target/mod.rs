@@ -227,7 +227,7 @@ pub struct DeviceId {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Proof {
-    /// The file carries the render's id and its own inode number in an extended attribute (`trusted.cloudletd.render`).
+    /// The file carries the render's id and its own inode number in an extended attribute (`trusted.cloudletd.render`, or `user.` of a daemon without privileges).
     Mark,
     /// The file has this inode number; for filesystems without such attributes.
     Inode(u64),

@@ -36,8 +36,9 @@ use crate::{
 
 /// How temporary names start.
 const STAGE_PREFIX: &str = ".cloudletd-stage-";
-/// Extended attribute that a file's render is written to. Only privileged processes see or set it (xattr(7)).
-const MARK: &str = "trusted.cloudletd.render";
+/// Extended attributes that a file's render is written to, the first that can be had. Only processes with CAP_SYS_ADMIN see or set the one (xattr(7)); the other is
+/// for daemons without, and as good as the file's mode.
+const MARKS: [&str; 2] = ["trusted.cloudletd.render", "user.cloudletd.render"];
 /// Kept free in a pool: one part in this many of the filesystem …
 const RESERVE_PART: u64 = 100;
 /// … but not more than this. A full filesystem under running guests pauses or corrupts them.
@@ -215,10 +216,11 @@ fn mark_of(render: &str, inode: u64) -> String {
     format!("{render} {inode}")
 }
 
-/// Marks a file as `render`'s; `false` where that is not possible (NFS, FAT, no CAP_SYS_ADMIN).
+/// Marks a file as `render`'s; `false` where that is not possible (NFS, FAT).
 fn mark(file: &File, render: &str) -> bool {
     let Ok(meta) = file.metadata() else { return false };
-    rustix::fs::fsetxattr(file, MARK, mark_of(render, meta.ino()).as_bytes(), XattrFlags::empty()).is_ok()
+    let mark = mark_of(render, meta.ino());
+    MARKS.iter().any(|name| rustix::fs::fsetxattr(file, *name, mark.as_bytes(), XattrFlags::empty()).is_ok())
 }
 
 /// Whether this is the name of a temporary file of a pool.
@@ -234,14 +236,19 @@ pub(crate) fn marked_by(path: &Path) -> Result<Option<String>> {
         opened => opened.map_err(|error| failed("see who made it", error))?,
     };
     let inode = file.metadata().map_err(|error| failed("stat", error))?.ino();
-    let mut value = [0; 256];
-    let len = match rustix::fs::fgetxattr(&file, MARK, &mut value) {
-        Ok(len) => len,
-        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => return Ok(None),
-        Err(errno) => return Err(failed("read its mark", errno.into())),
-    };
-    let render = std::str::from_utf8(&value[..len]).ok().and_then(|text| text.split_once(' ')).map(|(render, _)| render);
-    Ok(render.filter(|render| value[..len] == *mark_of(render, inode).as_bytes()).map(str::to_owned))
+    for name in MARKS {
+        let mut value = [0; 256];
+        let len = match rustix::fs::fgetxattr(&file, name, &mut value) {
+            Ok(len) => len,
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::RANGE) => continue,
+            Err(errno) => return Err(failed("read its mark", errno.into())),
+        };
+        let render = std::str::from_utf8(&value[..len]).ok().and_then(|text| text.split_once(' ')).map(|(render, _)| render);
+        if let Some(render) = render.filter(|render| value[..len] == *mark_of(render, inode).as_bytes()) {
+            return Ok(Some(render.to_owned()));
+        }
+    }
+    Ok(None)
 }
 
 /// See [`Target::is_published`](super::Target::is_published).

@@ -53,7 +53,7 @@ impl Daemon {
     /// `state/volumes` below the directory when it names no pool.
     #[track_caller]
     pub fn start_in(directory: &Path, config: &str) -> Self {
-        Self::configured(directory, config, std::env::var_os("CLOUDLETD_TEST_KEPT").map(|_| ""))
+        Self::configured(directory, config, None)
     }
 
     #[track_caller]

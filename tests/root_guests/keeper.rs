@@ -124,6 +124,11 @@ fn a_daemon_without_privileges_renders_changes_and_deletes_on_every_target() {
         let more = json!({"volume": volume, "golden": {"filesystem": filesystem}});
         let rendered = render(&daemon, &image, name, format, &more);
         let path = rendered.root()["volume"]["device"].as_str().expect("a device").to_owned();
+        if format == "RAW" {
+            let mut mark = [0; 100];
+            let len = rustix::fs::getxattr(&path, "user.cloudletd.render", &mut mark).expect("its render's mark, for a recovery");
+            assert!(mark[..len].starts_with(b"rnd-"), "{mark:?}");
+        }
         match (filesystem, format) {
             ("ext4", "RAW" | "LOOP" | "BLOCK") => {
                 judge("e2fsck", &["-fn", &path]);

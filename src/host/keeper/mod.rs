@@ -18,10 +18,11 @@
 //! | `Attach` | binds a loop device to a regular file that the daemon has open | use up loop devices; the node is not handed out |
 //! | `LoopsOf`, `Detach` | finds loop devices of a file; detaches one that is over a file of a directory pool or the state directory and not in use | detach volumes |
 //! | `Opener` | looks through `/proc` for who has a file or device open | learn the names of processes |
-//! | `Start` | starts a worker of this program with two descriptors of the daemon's | have files read by confined processes; have XFS and btrfs that it wrote mounted in a private namespace, unless `keeper.mounts` is off |
+//! | `Start` | starts a worker of this program with two descriptors of the daemon's | have files read by confined processes; have filesystems that it wrote mounted in a private namespace, unless `keeper.mounts` is off |
 //!
-//! To read all that runs with privileges: this folder, [`super::block`], [`super::in_use`], [`super::loops`], [`super::mounts`], [`super::sys`]; and of the
-//! workers, which are children, [`super::confine`] up to where they drop everything, and [`crate::fs::mounted::worker`], which keeps its own until it ends.
+//! To read all that runs with privileges: this folder, [`super::descriptors`], [`super::block`], [`super::in_use`], [`super::loops`], [`super::mounts`],
+//! [`super::sys`]; and of the workers, which are children, [`super::confine`] up to where they drop everything, and [`crate::fs::mounted::worker`], which keeps
+//! its own until it ends.
 //!
 //! Without a keeper the daemon does all of it itself, as root.
 
