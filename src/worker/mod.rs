@@ -1,7 +1,7 @@
 //! The worker: foreign bytes are read in a process that can do nothing else.
 //!
 //! ```text
-//!  daemon (root)                                    cloudletd worker (nobody, no files, no network, no exec)
+//!  daemon                                           cloudletd worker (nobody, no files, no network, no exec)
 //!  opens tarball and disk
 //!  Launcher::fill ── stdin: the tarball, read-only ─►
 //!                 ── socket: disk (SCM_RIGHTS), job ─►   waits; then host::confine, and only then reads the first byte
@@ -15,7 +15,7 @@
 //! daemon parses nothing else. A worker that was taken over decides what one golden image contains, which the archive it was made from decided anyway.
 //!
 //! If the worker dies (a forbidden system call: SIGSYS; memory: SIGABRT or SIGKILL; a panic: status 101) the build fails with reason `WORKER_DIED` and the
-//! caller removes what was begun. Cancelling kills it. It dies with the daemon (parent-death signal).
+//! caller removes what was begun. Cancelling kills it. It dies with the daemon (parent-death signal), or with the keeper that started it for the daemon.
 //!
 //! Small jobs (`small`): signatures and signed documents, headers of encrypted tarballs. Each is done by a process of its own all the same, a child of the
 //! fork server (`fork_server`), which is started once and reads nothing. Manifests, arguments under a manifest's schema, templates (`manifest`) and
@@ -25,8 +25,8 @@
 //!
 //! - Answers of registries, peers and mirrors, which are JSON of few plain types: serde reads them as it reads the answers of workers, so that a worker
 //!   between would be read by the same code.
-//! - The files of an image that injection edits or looks into, which came out of a worker as facts: small texts, read by memory-safe code on the way of every
-//!   warm render, where handing all of them to another process would take as long as the render.
+//! - The files of an image that injection edits or looks into, which came out of a worker as facts: small texts (a Debian's: 163, with 400 paths 235 KB), read by
+//!   memory-safe code on the way of every warm render, where a process that reads all of them would take half as long as the render.
 //! - The operator's own: configuration, keyrings when the daemon starts, kernels and boot loaders of the host.
 //! - Headers and tables of qcow2 volumes: the hypervisor writes them, and a process that plans changes to them could name another backing file.
 //! - Writing XFS and btrfs: the kernel's, for a mount worker that is root. The archive is read in a worker all the same and its entries pass through the daemon

@@ -6,7 +6,7 @@ use std::{
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
-            fs::{FileTypeExt, PermissionsExt, chown},
+            fs::{FileTypeExt, lchown},
             net::{UnixListener, UnixStream},
             process::ExitStatusExt,
         },
@@ -22,7 +22,10 @@ use nix::{
     sys::socket::{getsockopt, sockopt::PeerCredentials},
     unistd::{Gid, Uid, User, geteuid},
 };
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::{
+    fs::Mode,
+    process::{Pid, PidfdFlags, pidfd_open},
+};
 
 use super::wire::{Failure, Question, Reply, Request, Then, VERSION, receive, send};
 use crate::{
@@ -121,9 +124,12 @@ fn listener(config: &Config, (uid, gid): (Uid, Gid)) -> Result<UnixListener> {
         }
         _ => {}
     }
-    let listener = UnixListener::bind(path).map_err(failed("listen on the keeper's socket"))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("set the socket's mode"))?;
-    chown(path, Some(uid.as_raw()), Some(gid.as_raw())).map_err(failed("give the socket to the daemon's user"))?;
+    // Neither follows a link that somebody put in the socket's place meanwhile.
+    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+    let listener = UnixListener::bind(path).map_err(failed("listen on the keeper's socket"));
+    rustix::process::umask(before);
+    let listener = listener?;
+    lchown(path, Some(uid.as_raw()), Some(gid.as_raw())).map_err(failed("give the socket to the daemon's user"))?;
     Ok(listener)
 }
 
@@ -194,11 +200,11 @@ impl Places {
             Request::Hello => reply(&Reply::Done)?,
             Request::Claim { directory, name, access } => {
                 let (allow, is_loop) = self.allowed(&directory, &name)?;
+                let check = |device: &Path| if is_loop { self.check_loop(device, &backing_of(device)?) } else { Ok(()) };
+                // Before another's is opened; and again, when nobody can bind it to another file any more.
+                check(&directory.join(&name))?;
                 let claim = Claim::take_for(Some(daemon), &directory, &allow, &name, access)?;
-                if is_loop {
-                    // Whoever bound it to another file a moment ago could not do so any more.
-                    self.check_loop(claim.path(), &backing_of(claim.path())?)?;
-                }
+                check(claim.path())?;
                 let direct = (access == Access::Write && !is_loop).then(|| claim.open_direct()).transpose()?;
                 let descriptors = [claim.file().as_fd()].into_iter().chain(direct.as_ref().map(AsFd::as_fd));
                 let (named, node) = (claim.path().to_owned(), claim.node().to_owned());
