@@ -52,12 +52,7 @@ impl Target for Looped {
 
     fn adopt(&self, pool: &Pool, volume: &Volume) -> Result<Volume> {
         let volume = publish::adopt(pool, volume)?;
-        let attached = loops::find_by_backing(&volume.path)?;
-        // The one that is known, else any: two daemons never attach one file, an operator may have.
-        let device = match attached.iter().find(|device| **device == volume.device).or(attached.first()) {
-            Some(device) => device.clone(),
-            None => attach(&volume.path, &volume.options)?,
-        };
+        let device = attached(&volume.path, &volume.options, &volume.device)?;
         Ok(Volume { device, ..volume })
     }
 
@@ -114,13 +109,34 @@ impl Staged for StagedLoop {
             }
         }
         match file.publish() {
-            Ok(volume) => Ok(Volume { device: device.keep()?, ..volume }),
+            Ok(volume) => {
+                let known = device.path().to_owned();
+                // A keeper that died a moment ago may have left it, and may be back.
+                match device.keep().or_else(|_| attached(&volume.path, &options, &known)) {
+                    Ok(device) => Ok(Volume { device, ..volume }),
+                    // The old one is gone; the next daemon attaches the new one.
+                    Err(error) if replaced.is_some() => Err(error),
+                    Err(error) => Err(match std::fs::remove_file(&volume.path) {
+                        Ok(()) => error,
+                        Err(failure) => error.with_cleanup_failure(Error::io(Stage::Target, volume.path.display().to_string(), "remove", failure)),
+                    }),
+                }
+            }
             Err(error) => Err(match replaced.map(|old| attach(&old.path, &old.options)).transpose() {
                 // The old volume goes on; its device may have another number until it is adopted.
                 Ok(_) => error,
                 Err(cleanup) => error.with_cleanup_failure(cleanup),
             }),
         }
+    }
+}
+
+/// The device of a volume's file: the one that is `known`, else any (two daemons never attach one file, an operator may have), else a new one.
+fn attached(path: &Path, chosen: &VolumeOptions, known: &Path) -> Result<PathBuf> {
+    let attached = loops::find_by_backing(path)?;
+    match attached.iter().find(|device| *device == known).or(attached.first()) {
+        Some(device) => Ok(device.clone()),
+        None => attach(path, chosen),
     }
 }
 
