@@ -233,7 +233,7 @@ impl Role {
     }
 }
 
-/// What a process that can do nothing else found a text to be; what it says of `args` is all that a reader of this takes on trust.
+/// A document that a process which can do nothing else found to be a manifest; what that says of `args` is all that a reader of this takes on trust.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judged {
     /// The document.

@@ -20,8 +20,8 @@ use crate::{
     },
 };
 
-/// What is judged of a manifest, as JSON: its document, in which every character may be escaped, and names that are in it.
-const JUDGED_LEN_MAX: usize = 8 * manifest::LEN_MAX;
+/// Names that are in a manifest, as JSON, in which every character may be escaped.
+const SECRETS_LEN_MAX: usize = 8 * manifest::LEN_MAX;
 /// JSON of arguments: characters may be escaped.
 const RESOLVED_LEN_MAX: usize = 8 * ARGS_LEN_MAX;
 /// JSON of what templates write: the same.
@@ -49,8 +49,10 @@ impl Launcher {
         if self.settings.confine == Confine::Off || text.len() > manifest::LEN_MAX {
             return Manifest::parse(text.as_bytes());
         }
-        let judged: Judged = self.described(Task::Manifest, text.as_bytes(), None, JUDGED_LEN_MAX)?;
-        Manifest::judged(judged)
+        let secret_args: BTreeSet<String> = self.described(Task::Manifest, text.as_bytes(), None, SECRETS_LEN_MAX)?;
+        // What it says is wanted; what the text says is there to be read.
+        let document = serde_json::from_str(text).map_err(|error| died("what it took for a manifest is no JSON").with_source(error))?;
+        Manifest::judged(Judged { document, secret_args })
     }
 
     /// Checks arguments as [`Manifest::resolve_args`] does, in a worker unless configured otherwise. An image that takes none needs nobody to say so.
@@ -103,7 +105,7 @@ fn counted<T>(answers: Vec<T>, count: usize) -> Result<Vec<T>> {
 
 /// The reader's side of [`Launcher::manifest`].
 pub(super) fn judge(text: &[u8]) -> Result<Vec<u8>> {
-    json(&Manifest::parse(text)?.to_judged())
+    json(Manifest::parse(text)?.secret_args())
 }
 
 /// The reader's side of [`Launcher::resolve_args`].
