@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!  step            what is gone afterwards                                                    where it can't be had
-//!  limits          cores, more than a few descriptors, files beyond the disk, endless memory  never
 //!  namespaces      the host's network, System V IPC and mounts; the root is an empty tmpfs     named in Confined::missing
 //!  identity        root: user and group nobody, no groups, no capabilities                     named when the caller is not root
 //!  no_new_privs    privileges by exec                                                          never
 //!  Landlock        every right on every file that is not open already, TCP, signals outside    named (kernels before 5.13, or without it)
+//!  limits          cores, more than a few descriptors, files beyond the disk, endless memory  never
 //!  seccomp         every system call that is not in the list below: the process is killed      never
 //! ```
 //!
-//! The order is not free: namespaces need privilege, the filter forbids the rest. It has to be called while the process has one thread; threads made
+//! The order is not free: namespaces need privilege, the filter forbids the rest. The first half, to Landlock, is [`withdraw`]; it needs to be told nothing, and so
+//! nothing is read with privileges, not even what is to be done. It has to be called while the process has one thread; threads made
 //! later inherit all of it. What stays is: the descriptors that are open, memory, threads, time, random numbers, and the sockets among the descriptors.
 //!
 //! seccomp is the wall; the rest is what an attacker finds behind it should the kernel's filter or its list be wrong.
@@ -61,9 +62,46 @@ pub struct Confined {
     pub missing: Vec<String>,
 }
 
-/// Confines this process for good. An error means that it may be confined by half: it has to end without reading anything.
-pub fn confine(limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
-    confine_by(&filters(Role::Reader, std::process::id())?, limits, before_filter)
+/// A process that has no privileges, no files and no network any more, and can still be told how much it may use.
+#[derive(Debug)]
+pub struct Withdrawn {
+    confined: Confined,
+}
+
+/// Gives up everything but system calls, for good. An error means that it was done by half: the process has to end without reading anything.
+pub fn withdraw() -> Result<Withdrawn> {
+    let object = "confinement";
+    let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Error::io(Stage::Host, object, "count threads", error))?.count();
+    if threads != 1 {
+        return Err(Error::internal(Stage::Host, object, format!("a process with {threads} threads can't be confined")));
+    }
+    let mut confined = Confined::default();
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
+        confined.missing.push(format!("to be ended first when memory runs out: {error}"));
+    }
+    if geteuid().is_root() {
+        leave_namespaces(&mut confined);
+        drop_root().map_err(|errno| Error::errno(Stage::Host, object, "become nobody", errno))?;
+    } else {
+        confined.missing.push("namespaces and another user: the daemon is not root".into());
+    }
+    rustix::thread::set_no_new_privs(true).map_err(|errno| Error::io(Stage::Host, object, "give up privileges", errno.into()))?;
+    deny_files(&mut confined)?;
+    Ok(Withdrawn { confined })
+}
+
+impl Withdrawn {
+    /// Confines the process for good: the second half. An error means that it has to end without reading anything foreign. It still has one thread.
+    pub fn confine(self, limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
+        self.confine_by(&filters(Role::Reader, std::process::id())?, limits, before_filter)
+    }
+
+    fn confine_by(self, filters: &[BpfProgram], limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
+        limit(limits).map_err(|errno| Error::io(Stage::Host, "confinement", "set resource limits", errno.into()))?;
+        before_filter();
+        install(filters)?;
+        Ok(self.confined)
+    }
 }
 
 /// A process that is confined and makes readers. It was counted to have one thread when this was made; who has it makes no other.
@@ -76,9 +114,10 @@ pub struct ForkServer {
 
 impl ForkServer {
     /// Confines this process.
-    pub fn confine(limits: Limits) -> Result<ForkServer> {
+    pub fn confine(withdrawn: Withdrawn, limits: Limits) -> Result<ForkServer> {
         let reader = filters(Role::Reader, PID_OF_CHILD)?;
-        confine_by(&filters(Role::ForkServer, std::process::id())?, limits, || {}).map(|confined| ForkServer { confined, reader })
+        let confined = withdrawn.confine_by(&filters(Role::ForkServer, std::process::id())?, limits, || {})?;
+        Ok(ForkServer { confined, reader })
     }
 
     /// What was done.
@@ -121,30 +160,6 @@ impl ForkedChild {
     pub fn become_reader(self) -> Result<()> {
         install(&self.filters)
     }
-}
-
-fn confine_by(filters: &[BpfProgram], limits: Limits, before_filter: impl FnOnce()) -> Result<Confined> {
-    let object = "confinement";
-    let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Error::io(Stage::Host, object, "count threads", error))?.count();
-    if threads != 1 {
-        return Err(Error::internal(Stage::Host, object, format!("a process with {threads} threads can't be confined")));
-    }
-    let mut confined = Confined::default();
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
-        confined.missing.push(format!("to be ended first when memory runs out: {error}"));
-    }
-    limit(limits).map_err(|errno| Error::io(Stage::Host, object, "set resource limits", errno.into()))?;
-    if geteuid().is_root() {
-        leave_namespaces(&mut confined);
-        drop_root().map_err(|errno| Error::errno(Stage::Host, object, "become nobody", errno))?;
-    } else {
-        confined.missing.push("namespaces and another user: the daemon is not root".into());
-    }
-    rustix::thread::set_no_new_privs(true).map_err(|errno| Error::io(Stage::Host, object, "give up privileges", errno.into()))?;
-    deny_files(&mut confined)?;
-    before_filter();
-    install(filters)?;
-    Ok(confined)
 }
 
 fn install(filters: &[BpfProgram]) -> Result<()> {

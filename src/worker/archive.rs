@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result, Stage},
     fs::mounted::wire::{WireEntry, receive},
     guest::facts::GuestFacts,
-    host::confine::{Limits, confine},
+    host::confine::{Limits, Withdrawn},
     progress::Progress,
     render::fill::{Archive, read_archive},
     store::records::GoldenSpec,
@@ -142,7 +142,7 @@ impl Read for Data<'_> {
 }
 
 /// The worker's side.
-pub(super) fn serve(job: &TreeJob, data: &[u8], blob: File, mut daemon: child::Daemon) -> Result<()> {
+pub(super) fn serve(job: &TreeJob, data: &[u8], blob: File, mut daemon: child::Daemon, withdrawn: Withdrawn) -> Result<()> {
     let file_key = match (job.is_encrypted, <[u8; _]>::try_from(data)) {
         (false, _) => None,
         (true, Ok(key)) => Some(FileKey::new(key)),
@@ -150,7 +150,7 @@ pub(super) fn serve(job: &TreeJob, data: &[u8], blob: File, mut daemon: child::D
     };
     child::prepare(job.is_encrypted)?;
     let misdeed = job.misdeed.as_deref();
-    match confine(Limits { memory_bytes: job.memory_bytes, file_bytes: None }, || child::misdeed::before_the_filter(misdeed)) {
+    match withdrawn.confine(Limits { memory_bytes: job.memory_bytes, file_bytes: None }, || child::misdeed::before_the_filter(misdeed)) {
         Ok(confined) => daemon.reply(&Reply::Confined { missing: confined.missing })?,
         Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
     }

@@ -18,7 +18,7 @@ use crate::{
     ext4::Ext4,
     fs::mounted::wire::{receive, send},
     host::{
-        confine::{Limits, confine},
+        confine::{Limits, withdraw},
         descriptors::passed,
     },
     manifest::volatile::Volatile,
@@ -91,18 +91,24 @@ fn serve() -> Result<()> {
     let disk = passed(&socket).map_err(failed("take the disk"))?.and_then(|descriptors| descriptors.into_iter().next());
     let disk = File::from(disk.ok_or_else(|| Error::internal(Stage::Host, SUBCOMMAND, "the disk's descriptor was not passed"))?);
     let mut daemon = Daemon::over(socket)?;
+    decompress::prepare();
+    // Whoever talks here may have no privileges: nothing of it is heard with any.
+    let withdrawn = match withdraw() {
+        Ok(withdrawn) => withdrawn,
+        Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
+    };
     let (job, data) = match daemon.request()? {
         Some((Request::Fill(job), data)) => (job, data),
-        Some((Request::Tree(job), data)) => return archive::serve(&job, &data, blob, daemon),
-        Some((Request::Study(job), _)) => return guest::serve(&job, daemon),
-        Some((Request::Readers { memory_bytes }, _)) => return fork_server::serve(memory_bytes, &disk, daemon),
+        Some((Request::Tree(job), data)) => return archive::serve(&job, &data, blob, daemon, withdrawn),
+        Some((Request::Study(job), _)) => return guest::serve(&job, daemon, withdrawn),
+        Some((Request::Readers { memory_bytes }, _)) => return fork_server::serve(memory_bytes, &disk, daemon, withdrawn),
         Some(_) => return Err(Error::internal(Stage::Host, SUBCOMMAND, "a conversation starts with a job")),
         None => return Ok(()),
     };
     prepare(job.is_encrypted)?;
     let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: Some(job.spec.size_bytes) };
     let misdeed = job.misdeed.clone();
-    let confined = match confine(limits, || misdeed::before_the_filter(misdeed.as_deref())) {
+    let confined = match withdrawn.confine(limits, || misdeed::before_the_filter(misdeed.as_deref())) {
         Ok(confined) => confined,
         Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
     };
@@ -117,9 +123,8 @@ fn serve() -> Result<()> {
     daemon.lock().map_err(|_| Error::internal(Stage::Host, SUBCOMMAND, "a writing thread panicked"))?.reply(&reply)
 }
 
-/// Finds out what a confined process can't: decoders and regular expressions ask once how many processors there are, which is in files of the cgroup.
+/// Makes what a confined process can't. How many processors there are, which decoders ask and is in files of the cgroup, was found out before.
 pub(super) fn prepare(is_encrypted: bool) -> Result<()> {
-    decompress::prepare();
     if is_encrypted {
         age::prepare();
     }

@@ -39,7 +39,7 @@ use super::{
 use crate::{
     error::{Error, Result, Stage},
     host::{
-        confine::{ForkServer, Limits},
+        confine::{ForkServer, Limits, Withdrawn},
         descriptors::{pass, passed},
     },
 };
@@ -54,11 +54,11 @@ struct Child {
 }
 
 /// Serves until the daemon closes the socket. Returns in the children too, when their answer is given.
-pub(super) fn serve(memory_bytes: u64, nothing: &File, mut daemon: Daemon) -> Result<()> {
+pub(super) fn serve(memory_bytes: u64, nothing: &File, mut daemon: Daemon, withdrawn: Withdrawn) -> Result<()> {
     small::prepare()?;
     // Standard output is the socket to the daemon, which is no child's.
     rustix::stdio::dup2_stdout(nothing).map_err(|errno| failed("put the socket out of reach")(errno.into()))?;
-    let server = match ForkServer::confine(Limits { memory_bytes, file_bytes: None }) {
+    let server = match ForkServer::confine(withdrawn, Limits { memory_bytes, file_bytes: None }) {
         Ok(server) => server,
         Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
     };

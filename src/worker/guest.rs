@@ -35,7 +35,7 @@ use crate::{
         patch::BlockPatch,
     },
     guest::facts::GuestFacts,
-    host::confine::{Limits, confine},
+    host::confine::{Limits, Withdrawn},
     names::GuestPath,
     progress::Progress,
     render::study::{self, Root},
@@ -230,10 +230,10 @@ impl ReadAt for Remote {
 }
 
 /// The worker's side.
-pub(super) fn serve(job: &StudyJob, mut daemon: child::Daemon) -> Result<()> {
+pub(super) fn serve(job: &StudyJob, mut daemon: child::Daemon, withdrawn: Withdrawn) -> Result<()> {
     let limits = Limits { memory_bytes: job.memory_bytes, file_bytes: None };
     let misdeed = job.misdeed.as_deref();
-    match confine(limits, || child::misdeed::before_the_filter(misdeed)) {
+    match withdrawn.confine(limits, || child::misdeed::before_the_filter(misdeed)) {
         Ok(confined) => daemon.reply(&Reply::Confined { missing: confined.missing })?,
         Err(error) => return daemon.reply(&Reply::Failed(WireError::from(&error))),
     }

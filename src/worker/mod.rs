@@ -4,7 +4,8 @@
 //!  daemon                                           cloudletd worker (nobody, no files, no network, no exec)
 //!  opens tarball and disk
 //!  Launcher::fill ── stdin: the tarball, read-only ─►
-//!                 ── socket: disk (SCM_RIGHTS), job ─►   waits; then host::confine, and only then reads the first byte
+//!                 ── socket: disk (SCM_RIGHTS) ─────►   host::confine, its first half: no privileges, files and network
+//!                 ── job ───────────────────────────►   the second: no system calls; and only then reads the first byte
 //!                 ◄─ Confined {what this host lacks} ─
 //!                 ◄─ Take {bytes} ─ Go ─►                when writing is paced
 //!                 ◄─ Done {facts, digest, …} | Failed ─   exit

@@ -21,7 +21,7 @@
 //! | `Start` | starts a worker of this program with two descriptors of the daemon's | have files read by confined processes; have filesystems that it wrote mounted in a private namespace, unless `keeper.mounts` is off |
 //!
 //! To read all that runs with privileges: this folder, [`super::descriptors`], [`super::block`], [`super::in_use`], [`super::loops`], [`super::mounts`],
-//! [`super::sys`]; and of the workers, which are children, [`super::confine`] up to where they drop everything, and [`crate::fs::mounted::worker`], which keeps
+//! [`super::sys`]; and of the workers, which are children, [`super::confine::withdraw`], after which they hear what is to be done, and [`crate::fs::mounted::worker`], which keeps
 //! its own until it ends.
 //!
 //! Without a keeper the daemon does all of it itself, as root.
