@@ -58,6 +58,11 @@ impl Kind {
         Kind::Cancelled,
         Kind::Internal,
     ];
+
+    /// The kind that another process told by its name; `Internal` when there is none of that name.
+    pub fn told(name: &str) -> Kind {
+        Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == name).unwrap_or(Kind::Internal)
+    }
 }
 
 /// Where it happened; the same names are used by spans, metrics and the protocol.
@@ -214,6 +219,15 @@ impl Error {
             violation.field = if violation.field.is_empty() { prefix.to_owned() } else { format!("{prefix}.{}", violation.field) };
         }
         self
+    }
+
+    /// The reason that another process told, when it is one of those that may come from there.
+    #[must_use]
+    pub fn with_told_reason(self, known: &[&'static str], told: &str) -> Self {
+        match known.iter().find(|reason| **reason == told) {
+            Some(reason) => self.with_reason(reason),
+            None => self,
+        }
     }
 
     /// What to decide on.

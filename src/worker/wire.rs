@@ -257,14 +257,10 @@ impl From<&Error> for WireError {
 
 impl WireError {
     pub fn into_error(self) -> Error {
-        let kind = Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
         let stage = STAGES.into_iter().find(|stage| stage.name() == self.stage).unwrap_or(Stage::Golden);
-        let mut error = Error::new(kind, stage, cut(&self.object), cut(&self.message));
+        let mut error = Error::new(Kind::told(&self.kind), stage, cut(&self.object), cut(&self.message)).with_told_reason(REASONS, &self.reason);
         if !self.sources.is_empty() {
             error = error.with_source(Told(cut(&self.sources)));
-        }
-        if let Some(reason) = REASONS.iter().find(|reason| **reason == self.reason) {
-            error = error.with_reason(reason);
         }
         if let Some(hint) = self.hint {
             error = error.with_hint(cut(&hint));

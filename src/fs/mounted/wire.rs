@@ -274,11 +274,7 @@ impl From<&Error> for WireError {
 
 impl WireError {
     pub fn into_error(self, stage: Stage) -> Error {
-        let kind = Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
-        let mut error = Error::new(kind, stage, self.object, self.message);
-        if let Some(reason) = REASONS.into_iter().find(|reason| *reason == self.reason) {
-            error = error.with_reason(reason);
-        }
+        let error = Error::new(Kind::told(&self.kind), stage, self.object, self.message).with_told_reason(&REASONS, &self.reason);
         match self.hint {
             Some(hint) => error.with_hint(hint),
             None => error,

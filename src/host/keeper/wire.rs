@@ -112,19 +112,15 @@ impl From<&Error> for Failure {
     fn from(error: &Error) -> Self {
         let chain = error.chain();
         let message = chain.strip_prefix(&format!("{}: ", error.object())).unwrap_or(&chain).to_owned();
-        let (kind, stage) = (format!("{:?}", error.kind()), format!("{:?}", error.stage()));
+        let (kind, stage) = (format!("{:?}", error.kind()), error.stage().name().to_owned());
         Failure { kind, stage, object: error.object().to_owned(), message, reason: error.reason().to_owned(), hint: error.hint().map(str::to_owned) }
     }
 }
 
 impl Failure {
     pub fn into_error(self) -> Error {
-        let kind = Kind::ALL.into_iter().find(|kind| format!("{kind:?}") == self.kind).unwrap_or(Kind::Internal);
-        let stage = STAGES.into_iter().find(|stage| format!("{stage:?}") == self.stage).unwrap_or(Stage::Host);
-        let mut error = Error::new(kind, stage, self.object, self.message);
-        if let Some(reason) = REASONS.into_iter().find(|reason| *reason == self.reason) {
-            error = error.with_reason(reason);
-        }
+        let stage = STAGES.into_iter().find(|stage| stage.name() == self.stage).unwrap_or(Stage::Host);
+        let error = Error::new(Kind::told(&self.kind), stage, self.object, self.message).with_told_reason(&REASONS, &self.reason);
         match self.hint {
             Some(hint) => error.with_hint(hint),
             None => error,
