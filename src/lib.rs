@@ -24,7 +24,7 @@
 //!   [`target`] writes to a volume. `unsafe` is in `host::sys` only.
 //! - What strangers wrote (archives, manifests, templates, signatures, documents of streams, filesystems of guests) is read by processes of [`worker`], which can
 //!   do nothing else; what one of them says is believed of the object it was asked about and of no other.
-//! - A daemon with a keeper ([`host::keeper`]) has no privileges: it asks that process, which takes no path that is not in its own configuration.
+//! - A daemon with a keeper ([`host::keeper`]) has no privileges: it asks that process, which opens what its own configuration names.
 //! - A guest's path ([`names::GuestPath`]) never becomes a path of the host. The only filesystems that are ever mounted were made by mkfs on this host a moment
 //!   ago, in the private mount namespace of a child.
 //! - Golden images are immutable, named by the hash of everything that decides their bytes ([`store::records::GoldenSpec`]).

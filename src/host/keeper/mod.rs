@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The daemon has everything that is large: the API, HTTP, the catalogue, rendering. What takes privileges are seven requests, each of which says what it is for
-//! and none of which takes a path that is not in the keeper's own configuration:
+//! and none of which opens a path that the keeper's own configuration does not name:
 //!
 //! | request | what the keeper does | what a daemon that was taken over could make of it |
 //! |---|---|---|

@@ -101,7 +101,7 @@ pub fn run(config: &Config) -> Result<()> {
 }
 
 fn user(name: &str) -> Result<(Uid, Gid)> {
-    let failed = |why: String| Error::field(Stage::Config, "keeper.user", format!("keeper.user: {why}"));
+    let failed = |why: String| Error::field(Stage::Config, "keeper.user", why);
     if let Ok(number) = name.parse() {
         return Ok((Uid::from_raw(number), Gid::from_raw(number)));
     }
@@ -114,7 +114,7 @@ fn listener(config: &Config, (uid, gid): (Uid, Gid)) -> Result<UnixListener> {
     if let Some(listener) = passed.map_err(|error| Error::io(Stage::Config, "keeper", "take the socket passed by the service manager", error))? {
         return Ok(listener);
     }
-    let missing = || Error::field(Stage::Config, "keeper.socket", "keeper.socket is not set, and the service manager passes no socket");
+    let missing = || Error::field(Stage::Config, "keeper.socket", "is not set, and the service manager passes no socket");
     let path = config.keeper.socket.as_deref().ok_or_else(missing)?;
     let failed = |doing: &'static str| move |error| Error::io(Stage::Config, path.display().to_string(), doing, error);
     match fs::symlink_metadata(path) {
